@@ -1,0 +1,225 @@
+"""A federated round, written as the stages it passes through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Any, Generic, TypeVar, get_type_hints
+
+import torch
+from torch import Generator, Tensor
+
+from turncoat.messages import Revealed, Summable, Update
+from turncoat.stage import (
+    Aggregate,
+    Begin,
+    Broadcast,
+    Channel,
+    IncompatibleStages,
+    Plan,
+    Prepare,
+    Release,
+    Sample,
+    Train,
+    check,
+    gives,
+    join,
+    leaves_trace,
+    planned,
+    within,
+)
+from turncoat.task import Batch, Model, Task
+from turncoat.validate import at_least, fraction
+from turncoat.views import (
+    AggregateView,
+    BlindView,
+    ClientView,
+    ModelView,
+    Seat,
+    ServerView,
+    TraceView,
+)
+
+P = TypeVar("P")
+M = TypeVar("M")
+
+
+@dataclass(frozen=True)
+class FromModel:
+    """Begin with the model's own initialisation."""
+
+    def __call__(self, task: Task, *, rng: Generator) -> Tensor:
+        return task.model.initial(rng)
+
+
+@dataclass(frozen=True)
+class Everyone:
+    """All clients take part in every round."""
+
+    def __call__(self, num_clients: int) -> tuple[int, ...]:
+        return tuple(range(num_clients))
+
+
+@dataclass(frozen=True)
+class PoissonSample:
+    """Each client takes part with probability ``rate``, independently."""
+
+    rate: float
+
+    def __post_init__(self) -> None:
+        fraction(self, rate=self.rate)
+
+    def __call__(self, num_clients: int, *, rng: Generator) -> tuple[int, ...]:
+        chosen = torch.rand(num_clients, generator=rng) < self.rate
+        return tuple(chosen.nonzero().flatten().tolist())
+
+
+@dataclass(frozen=True)
+class FixedSample:
+    """``num_sampled`` clients at a time, without replacement."""
+
+    num_sampled: int
+
+    def __post_init__(self) -> None:
+        at_least(1, self, num_sampled=self.num_sampled)
+
+    def __call__(self, num_clients: int, *, rng: Generator) -> tuple[int, ...]:
+        if self.num_sampled > num_clients:
+            raise ValueError(
+                f"{self!r} needs {self.num_sampled} clients; there are {num_clients}: "
+                "lower num_sampled"
+            )
+        order = torch.randperm(num_clients, generator=rng)[: self.num_sampled]
+        return tuple(sorted(order.tolist()))
+
+
+@dataclass(frozen=True)
+class FractionSample:
+    """A ``fraction`` of the clients at a time, rounded up, without replacement."""
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        fraction(self, fraction=self.fraction)
+
+    def __call__(self, num_clients: int, *, rng: Generator) -> tuple[int, ...]:
+        return FixedSample(max(1, ceil(self.fraction * num_clients - 1e-9)))(num_clients, rng=rng)
+
+
+@dataclass(frozen=True)
+class Untouched:
+    """Use the data as they are."""
+
+    def __call__(self, data: Batch) -> Batch:
+        return data
+
+
+@dataclass(frozen=True)
+class Same:
+    """Send every client the same state."""
+
+    def __call__(self, params: Tensor) -> Tensor:
+        return params
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Send the payload as it is."""
+
+    def __call__(self, payload: P) -> P:
+        return payload
+
+
+@dataclass(frozen=True)
+class WhiteBox:
+    """Publish the parameters."""
+
+    def __call__(self, model: Model, params: Tensor) -> ModelView:
+        return ModelView(model, params)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federation(Generic[P, M]):
+    """The rules of one federation. ``P`` is what training yields, ``M`` what travels.
+
+    Args:
+        min_clients: A round that fewer sound messages reach is an error.
+    """
+
+    train: Train[P]
+    channel: Channel[P, M]
+    aggregate: Aggregate[M]
+    prepare: Prepare = Untouched()
+    broadcast: Broadcast = Same()
+    sample: Sample = Everyone()
+    begin: Begin = FromModel()
+    release: Release = WhiteBox()
+    min_clients: int = 1
+
+    def __post_init__(self) -> None:
+        at_least(0, self, min_clients=self.min_clients)
+        for place, kind in STAGES.items():
+            check(getattr(self, place), kind)
+        join(self.train, self.trains, self.channel)
+        join(self.channel, self.sends, self.aggregate)
+        if not self.server_learns_state and self.opener is None:
+            raise IncompatibleStages(f"nobody opens {self.sends.__name__}: {self.channel!r} cannot")
+
+    @property
+    def trains(self) -> Any:
+        """The type of payload that training yields."""
+        return gives(self.train)
+
+    @property
+    def sends(self) -> Any:
+        """The type of message that travels."""
+        return gives(self.channel, self.trains)
+
+    @property
+    def opener(self) -> Any:
+        """The part of the channel that holds the key, if any."""
+        return next((s for s in within(self.channel) if hasattr(s, "open")), None)
+
+    @property
+    def server_learns_state(self) -> bool:
+        return not issubclass(self.sends, Summable) or issubclass(self.sends, Revealed)
+
+    def planned(self, plan: Plan) -> Federation[P, M]:
+        """Return the federation with its calibrated stages fitted to a plan."""
+        return Federation(
+            **{place: planned(getattr(self, place), plan) for place in STAGES},
+            min_clients=self.min_clients,
+        )
+
+    def views(self) -> dict[Seat, tuple[Any, ...]]:
+        """Return the types of view that this federation produces, by seat.
+
+        Whoever receives the global state holds the model white box, whatever users are given.
+        """
+        payload: Any = self.trains
+        aggregate = AggregateView[payload]
+        facing = getattr(self.sends, "facing", None)  # what one of several servers gets of it
+        seen: Any = get_type_hints(facing)["return"] if facing else self.sends
+        model = (ModelView,) if issubclass(self.trains, Update) else ()
+        if self.server_learns_state:
+            server: tuple[Any, ...] = (ServerView[seen], aggregate, *model)
+        else:
+            server = (BlindView[seen],)
+        return {
+            Seat.SERVER: server,
+            Seat.CLIENT: (ClientView[payload], aggregate, *model),
+            Seat.USER: (gives(self.release),),
+            Seat.NEIGHBOUR: (TraceView,) if leaves_trace(self.aggregate) else (),
+        }
+
+
+STAGES: dict[str, Any] = {
+    "begin": Begin,
+    "sample": Sample,
+    "broadcast": Broadcast,
+    "prepare": Prepare,
+    "train": Train,
+    "channel": Channel,
+    "aggregate": Aggregate,
+    "release": Release,
+}

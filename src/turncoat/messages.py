@@ -1,0 +1,127 @@
+"""What travels: one type per level of secrecy."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from math import isfinite
+from operator import add
+from typing import Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from turncoat.params import stack
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """Who sends, to which round, as one of which cohort."""
+
+    sender: int
+    cohort: tuple[int, ...]
+    round: int
+
+
+class Summable(ABC):
+    """A message that can be added to others.
+
+    A sum that is not ``Revealed`` is opened by the clients, with the channel that dressed it: the
+    server never learns the global model, so it can neither post-process it nor see it.
+    """
+
+    weight: float
+
+    @abstractmethod
+    def __add__(self, other: Self, /) -> Self: ...
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Return how much of it travels, headers left out."""
+
+    @classmethod
+    def total(cls, messages: Iterable[Self]) -> Self:
+        """Return the sum of one message or more, taken one at a time and in their order."""
+        return reduce(add, messages)
+
+
+class Revealed(Summable):
+    """A message whose complete sum the server can open, without a key."""
+
+    @abstractmethod
+    def open(self) -> Tensor:
+        """Return the weighted mean of the parts, or raise ``SumIncomplete``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clear(Revealed):
+    """A vector in the clear, relative to what was broadcast.
+
+    Attributes:
+        delta: ``mine - received``. Shape: ``(num_params,)``.
+        weight: Number of examples behind it, as the sender claims.
+    """
+
+    delta: Tensor = field(repr=False)
+    weight: float
+
+    def __add__(self, other: Self, /) -> Self:
+        total = self.weight + other.weight
+        mixed = self.delta.lerp(other.delta, other.weight / total) if total else self.delta
+        return replace(self, delta=mixed, weight=total)
+
+    @classmethod
+    def total(cls, messages: Iterable[Self]) -> Self:
+        """Return the weighted mean and the whole weight; summed in float64, in one vector."""
+        parts = iter(messages)
+        first = next(parts)
+        mean, weight = first.delta.double() * first.weight, first.weight
+        for part in parts:
+            mean.add_(part.delta, alpha=part.weight)
+            weight += part.weight
+        return replace(first, delta=(mean / weight if weight else mean).float(), weight=weight)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.delta.numel() * 4 + 8
+
+    def open(self) -> Tensor:
+        return self.delta
+
+    def fault(self, like: Tensor) -> str | None:
+        """Say what makes it unfit to be a payload next to a state ``like``, if anything does."""
+        if self.delta.shape != like.shape:
+            return f"sent shape {tuple(self.delta.shape)} where {tuple(like.shape)} is due"
+        if not bool(torch.isfinite(self.delta).all()):
+            return "sent NaN or infinity"
+        if not (isfinite(self.weight) and self.weight > 0):
+            return f"claimed the weight {self.weight}, which is no positive number"
+        return None
+
+
+class Update(Clear):
+    """A change of the parameters of the model."""
+
+    __slots__ = ()
+
+
+class Logits(Clear):
+    """A change of the logits on the public examples (distillation). Shape: ``(n * classes,)``."""
+
+    __slots__ = ()
+
+
+C = TypeVar("C", bound=Clear)
+
+
+def rows(messages: Sequence[Clear]) -> Tensor:
+    """Return the deltas as one matrix. Shape: ``(len(messages), num_params)``."""
+    return stack([m.delta for m in messages])
+
+
+def with_rows(messages: Sequence[C], matrix: Tensor) -> tuple[C, ...]:
+    """Return the messages with the rows of ``matrix`` as their deltas."""
+    return tuple(replace(m, delta=row) for m, row in zip(messages, matrix, strict=True))

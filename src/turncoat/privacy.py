@@ -1,0 +1,108 @@
+"""The federation's epsilon, composed from what its stages say of themselves.
+
+A stage that adds noise has a ``unit`` and an ``event(num_records)``: what one call costs. All that
+is downstream of it is post-processing; a wrapper around it must say that it does not mix clients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import dp_accounting
+from dp_accounting.pld import PLDAccountant
+
+from turncoat.messages import Revealed
+from turncoat.stage import nested
+
+
+class Unit(StrEnum):
+    """What two neighbouring data sets differ in."""
+
+    RECORD = "record"
+    CLIENT = "client"
+
+
+@dataclass(frozen=True, slots=True)
+class Private:
+    """An upper bound. ``against`` names the seats that see nothing upstream of the noise."""
+
+    unit: Unit
+    epsilon: float
+    delta: float
+    against: frozenset[str]
+
+    def __str__(self) -> str:
+        seats = ", ".join(sorted(self.against))
+        return (
+            f"ε = {self.epsilon:.3g} at δ = {self.delta:.1g} for each {self.unit}, against {seats}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Unproven:
+    """Noise is added, but no theorem here turns it into a bound."""
+
+    unit: Unit
+    reason: str
+
+    def __str__(self) -> str:
+        return f"noise for each {self.unit}, but no proven ε: {self.reason}"
+
+
+def guarantees(
+    federation: Any, *, num_records: int, num_rounds: int, delta: float
+) -> tuple[Private | Unproven, ...]:
+    """Return the guarantees of a federation: there may be none, or several.
+
+    Args:
+        num_records: Of the smallest client, for which the guarantee is the weakest.
+        delta: The failure probability at which ε is stated.
+
+    A client-level guarantee is stated twice where its clients are sampled: amplified against those
+    who do not know who took part, and in full against the seats that do.
+    """
+    found: list[Private | Unproven] = []
+    readable = issubclass(federation.sends, Revealed)  # so the server sees what comes before noise
+    for place, everyone in (("train", True), ("channel", True), ("aggregate", False)):
+        noisy, broken = _noisy(getattr(federation, place))
+        if noisy is None:
+            continue
+        seats = {"client", "user"} | ({"neighbour"} if everyone else set())
+        seats |= {"server"} if everyone or not readable else set()
+        event = noisy.event(num_records)
+        if broken is not None:
+            found.append(Unproven(noisy.unit, f"{broken!r} mixes clients before {noisy!r} clips"))
+            continue
+        rate = getattr(federation.sample, "rate", None)
+        if noisy.unit is Unit.CLIENT and rate is not None:  # Poisson; others are not amplified
+            amplified = dp_accounting.PoissonSampledDpEvent(rate, event)
+            blind = frozenset(seats - {"server", "neighbour"})  # they do not see who takes part
+            found.append(_compose(noisy, amplified, num_rounds, delta, blind))
+            seats &= {"server", "neighbour"}
+            if not seats:
+                continue
+        found.append(_compose(noisy, event, num_rounds, delta, frozenset(seats)))
+    return tuple(found)
+
+
+def _compose(
+    noisy: Any, event: Any, num_rounds: int, delta: float, seats: frozenset[str]
+) -> Private | Unproven:
+    accountant = PLDAccountant()
+    whole = dp_accounting.SelfComposedDpEvent(event, num_rounds)
+    if not accountant.supports(whole):
+        return Unproven(noisy.unit, f"no accountant here composes {event!r}")
+    return Private(noisy.unit, accountant.compose(whole).get_epsilon(delta), delta, seats)
+
+
+def _noisy(stage: Any) -> tuple[Any, Any]:
+    """Return the noisy stage inside ``stage``, and the wrapper that voids it, if any."""
+    if hasattr(stage, "event"):
+        return stage, None
+    for inner, _ in nested(stage):
+        noisy, broken = _noisy(inner)
+        if noisy is not None:
+            return noisy, broken or (stage if getattr(stage, "mixes_clients", True) else None)
+    return None, None
