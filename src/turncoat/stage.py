@@ -198,7 +198,7 @@ def streams(stage: Any) -> bool:
 
 def check(stage: Any, place: Any) -> None:
     """Refuse a stage that stands in the wrong place, asks for what is not offered, or misnests."""
-    _stands(stage, place)
+    _refuse_misplaced(stage, place)
     known = PLACES[place].offers
     names, _ = asks(code_of(stage))
     for name in sorted(names - known - set(_leading(stage, place))):
@@ -337,28 +337,35 @@ def _leading(stage: Any, place: Any) -> list[str]:
     return names[: len(PLACES[place].subjects)]
 
 
-def _stands(stage: Any, place: Any) -> None:
-    """Refuse a stage whose leading parameters are not those of its place."""
+def stands(stage: Any, place: Any) -> bool:
+    """Say whether a stage's leading parameters are those of a place."""
     due = PLACES[place]
-    if not callable(stage) or isinstance(stage, type):
-        raise IncompatibleStages(f"{stage!r} is no stage: {place.__name__} needs a callable")
     names, hints = _leading(stage, place), _hints(code_of(stage))
     right = len(names) == len(due.subjects)
     for name, kind in zip(names, due.subjects, strict=False):
         hint = hints.get(name, Any)
-        if kind is Iterable:
-            origin = get_origin(hint)
-            right &= hint is Any or (isinstance(origin, type) and issubclass(origin, Iterable))
-            right &= origin is not tuple  # a tuple is a batch: data, not messages
-        elif kind is not None and hint is not Any:
+        if hint is Any:
+            continue
+        origin = get_origin(hint)
+        if kind is Iterable:  # of messages; a tuple is a batch of data
+            right &= isinstance(origin, type) and issubclass(origin, Iterable)
+            right &= origin is not tuple
+        elif kind is None:  # one payload: neither many, nor data
+            right &= origin is None and hint not in (Model, Task, Tensor, int)
+        else:
             right &= hint == kind
-        elif kind is None:  # a payload: one message, not many, and no data
-            right &= get_origin(hint) is None and hint not in (Model, Task, Tensor, int)
-    if not right:
-        said = ", ".join(f"{n}: {_spelt(hints.get(n, Any))}" for n in names)
+    return right
+
+
+def _refuse_misplaced(stage: Any, place: Any) -> None:
+    if not callable(stage) or isinstance(stage, type):
+        raise IncompatibleStages(f"{stage!r} is no stage: {place.__name__} needs a callable")
+    if not stands(stage, place):
+        hints = _hints(code_of(stage))
+        said = ", ".join(f"{n}: {_spelt(hints.get(n, Any))}" for n in _leading(stage, place))
         raise IncompatibleStages(
-            f"{stage!r} cannot stand at {place.__name__.lower()}, the place that {due.does}: "
-            f"it takes ({said})"
+            f"{stage!r} cannot stand at {place.__name__.lower()}, the place that "
+            f"{PLACES[place].does}: it takes ({said})"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, overload
 
 import torch
@@ -192,7 +193,7 @@ class Task:
         """Return the number of examples of each client."""
         if isinstance(self.clients, Shards):
             bounds = self.clients.bounds
-            return tuple(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+            return tuple(b - a for a, b in pairwise(bounds))
         return tuple(len(labels) for _, labels in self.clients)
 
     @property

@@ -1,0 +1,1 @@
+"""Learning problems: where data come from, who owns them, and which model learns them."""

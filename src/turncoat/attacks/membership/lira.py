@@ -1,0 +1,95 @@
+"""Membership by likelihood ratio: is this confidence one of a model that knew the record?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from turncoat.task import Batch
+from turncoat.trial import Memberships
+from turncoat.validate import at_least
+from turncoat.views import ModelView, QueryView, Shadows
+
+
+@dataclass(frozen=True)
+class LiRA:
+    """Compare the target's confidence in a record with that of shadow models [1]_.
+
+    A confidence is ``phi = log p_y - log sum_{c != y} p_c``, nearly Gaussian over models. Online,
+    the score is ``log N(phi; in) - log N(phi; out)``; offline it knows models without the record
+    only, and is the one-sided ``Pr[N(out) < phi]``, given here as its quantile: the same order,
+    without the ties of a probability that rounds to 1.
+
+    Differs from the paper: one query a record (no augmentations); the fixed variance is pooled
+    over the deviations from each record's own mean.
+
+    Args:
+        num_shadows: How many models the attacker trains, each on a random half of the candidates.
+        variance: One for all records (better below 64 shadows or so), or one for each.
+        online: Whether shadow models that trained on the record count too.
+
+    .. [1] Carlini et al., S&P 2022, algorithm 1 and eq. (4). https://arxiv.org/abs/2112.03570
+    """
+
+    num_shadows: int = 16
+    variance: Literal["fixed", "per-example"] = "fixed"
+    online: bool = True
+
+    def __post_init__(self) -> None:
+        at_least(2, self, num_shadows=self.num_shadows)
+        if self.variance not in ("fixed", "per-example"):
+            raise ValueError(
+                f"LiRA: variance must be 'fixed' or 'per-example'; it is {self.variance!r}"
+            )
+
+    def __call__(
+        self, view: ModelView | QueryView, *, candidates: Batch, shadows: Shadows | None
+    ) -> Memberships:
+        if shadows is None or len(shadows.models) < 2:
+            raise ValueError(
+                f"{self!r} compares with shadow models, and was given "
+                f"{0 if shadows is None else len(shadows.models)}: have the audit train them"
+            )
+        target = confidence(view, candidates)
+        others = torch.stack([confidence(shadow, candidates) for shadow in shadows.models])
+        inside = shadows.inside.to(others.device)
+        mean_out, std_out = self._gaussian(others, ~inside)
+        far_out = (target - mean_out) / std_out
+        if not self.online:
+            return Memberships(far_out)
+        mean_in, std_in = self._gaussian(others, inside)
+        far_in = (target - mean_in) / std_in
+        return Memberships((far_out.square() - far_in.square()) / 2 + (std_out / std_in).log())
+
+    def _gaussian(self, others: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of each column over the models in ``among``.
+
+        A record that no such model knows gets the mean over all records. Shape: ``(records,)``.
+        """
+        count = among.sum(dim=0)
+        kept = others.where(among, 0)
+        everyone = kept.sum() / count.sum().clamp(min=1)
+        mean = torch.where(count > 0, kept.sum(dim=0) / count.clamp(min=1), everyone)
+        squares = (others - mean).where(among, 0).square()
+        pooled = squares.sum() / (count - 1).clamp(min=0).sum().clamp(min=1)
+        own = squares.sum(dim=0) / (count - 1).clamp(min=1)
+        per_example = torch.where(count > 1, own, pooled)
+        variance = pooled.expand_as(mean) if self.variance == "fixed" else per_example
+        return mean, variance.clamp(min=1e-12).sqrt()
+
+
+def confidence(view: ModelView | QueryView, data: Batch) -> Tensor:
+    """Return ``log p_y - log sum_{c != y} p_c`` for each record. Shape: ``(records,)``, float64.
+
+    It is taken from log-probabilities, so that it does not saturate where ``p_y`` rounds to 1. An
+    answer that leaves no room at all (a rounded 0 or 1) counts as 50 either way.
+    """
+    inputs, labels = data
+    log_probs = view.scores(inputs).double()
+    right = labels[:, None]
+    others = log_probs.scatter(1, right, -torch.inf).logsumexp(dim=1)
+    phi = log_probs.gather(1, right).squeeze(1) - others
+    return phi.nan_to_num(nan=0.0, posinf=50.0, neginf=-50.0).clamp(-50, 50)

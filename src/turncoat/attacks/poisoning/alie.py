@@ -1,0 +1,60 @@
+"""A little is enough: a shift that hides in the spread of the honest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+
+from turncoat.messages import Update, rows, with_rows
+from turncoat.validate import at_least
+from turncoat.views import CoalitionView
+
+
+@dataclass(frozen=True)
+class ALIE:
+    """Shift every coordinate of the honest mean by ``z`` standard deviations [1]_. A forge.
+
+    Mean and deviation are those of the payloads that the coalition knows: everyone else's, or its
+    own. A single known payload has no spread; it is then sent as it is.
+
+    Differs from the paper: a largest z below 0 (four clients, one a traitor) counts as 0. It is 0
+    for 2 of 10 too: name a ``z`` in so small a federation.
+
+    Args:
+        z: How far, or None for ``largest_z``.
+        correction: Of the deviation's denominator: 1 for a sample's, 0 for a population's.
+
+    .. [1] Baruch et al., NeurIPS 2019, section 3.2 and algorithm 3.
+       https://arxiv.org/abs/1902.06156
+    """
+
+    z: float | None = None
+    correction: int = 1
+
+    def __post_init__(self) -> None:
+        at_least(0, self, z=self.z, correction=self.correction)
+
+    def __call__(self, view: CoalitionView[Update]) -> Sequence[Update]:
+        known = rows(view.known)
+        z = largest_z(view.num_clients, len(view.own)) if self.z is None else self.z
+        if len(known) > self.correction:
+            spread = known.std(dim=0, correction=self.correction)
+        else:
+            spread = torch.zeros_like(known[0])
+        forged = known.mean(dim=0) - z * spread
+        return with_rows(view.own, forged.expand(len(view.own), -1))
+
+
+def largest_z(num_clients: int, num_members: int) -> float:
+    """Return the quantile beyond which enough honest clients lie to make a majority with us.
+
+    >>> round(largest_z(50, 10), 4), round(largest_z(50, 24), 4)
+    (0.2533, 1.4261)
+    """
+    honest = num_clients - num_members
+    needed = num_clients // 2 + 1 - num_members
+    share = (honest - needed) / max(honest, 1)
+    return max(0.0, NormalDist().inv_cdf(min(max(share, 1e-6), 1 - 1e-6)))

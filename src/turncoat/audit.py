@@ -1,0 +1,463 @@
+"""Attacks x federations -> cells. Each training is run once, and each cell is written once.
+
+Everything finished is on disk, under the hash of its whole description, so that an audit that was
+killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turncoat.describe import fingerprint
+from turncoat.federation import Federation
+from turncoat.plan import (
+    Audit,
+    Entry,
+    Plan,
+    Planned,
+    Training,
+    is_model,
+    order_of,
+    plan,
+    pose,
+    shadow_task,
+    watch_of,
+)
+from turncoat.randomness import Randomness
+from turncoat.record import (
+    AuditFolder,
+    FolderUnusable,
+    note_failure,
+    read_cell,
+    write_cell,
+    write_json,
+    write_plan,
+    write_records,
+)
+from turncoat.runtimes.pool import become_worker, context
+from turncoat.runtimes.saved import (
+    State,
+    Unreadable,
+    read_state,
+    read_tensors,
+    write_state,
+    write_tensors,
+)
+from turncoat.runtimes.simulate import Incident, Played, one_thread, simulate
+from turncoat.stage import call, matches
+from turncoat.task import Task
+from turncoat.trial import Cell, Failed, Marked, Sabotage, Scored, Trial
+from turncoat.views import ModelView, Seat, Shadows
+
+__all__ = ["Audit", "AuditFolder", "Entry", "Event", "FolderUnusable", "run_audit"]
+
+_SHOWN = 2_000  # test examples behind the accuracy of a round; the figures in cells take all
+_CHECKPOINT_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened on the way, for whoever shows progress.
+
+    Attributes:
+        what: ``"plan"``, ``"training"``, ``"shadow"``, ``"cell"`` or ``"failed"``.
+        done, of: How many units of work are finished, of how many.
+        text: For people.
+    """
+
+    what: str
+    done: int
+    of: int
+    text: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Log:
+    """What is known of a finished training beside its state."""
+
+    metric: str
+    history: tuple[float, ...]
+    seconds_per_round: tuple[float, ...]
+    bytes_up: int
+    bytes_down: int
+    cohort: tuple[int, ...]
+    incidents: tuple[tuple[int, int | None, str], ...]
+    aborted_rounds: int
+
+
+def run_audit(
+    audit: Audit,
+    folder: Path,
+    *,
+    num_jobs: int = 1,
+    device: str = "cpu",
+    update: bool = False,
+    command: str = "",
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> dict[Planned, Cell]:
+    """Return every cell; what ``folder`` holds is read, the rest is computed and written.
+
+    Afterwards the folder holds ``plan.json``, ``cells.jsonl``, ``trainings.jsonl`` and
+    ``config.toml``, from which the report is made.
+
+    Args:
+        num_jobs: How many processes train and attack, of one thread each.
+        update: Go on in a folder that holds another audit.
+    """
+    there, todo = AuditFolder(folder), plan(audit)
+    there.claim(audit, update=update)
+    with there.locked():
+        write_plan(folder, audit, todo, command)
+        try:
+            return _Work(audit, there, todo, device, on_event).run(num_jobs)
+        finally:
+            write_records(folder)
+
+
+class _Work:
+    """Runs trainings as they are needed and cells as they become possible."""
+
+    def __init__(
+        self,
+        audit: Audit,
+        folder: AuditFolder,
+        todo: Plan,
+        device: str,
+        on_event: Callable[[Event], None],
+    ) -> None:
+        self.audit, self.folder, self.plan = audit, folder, todo
+        self.device, self.on_event = device, on_event
+        self.cells: dict[Planned, Cell] = {}
+        self.broken: dict[str, str] = {}  # trainings that failed, and why
+
+    def run(self, num_jobs: int) -> dict[Planned, Cell]:
+        open_cells = []
+        for cell in self.plan.cells:
+            if cell.settled is not None:
+                self.cells[cell] = cell.settled
+            elif (known := read_cell(self.folder, cell.key)) is not None:
+                self.cells[cell] = known[0]
+            else:
+                open_cells.append(cell)
+        needed = {k for cell in open_cells for k in cell.needs}
+        wanted = {k: t for k, t in self.plan.trainings.items() if k in needed}
+        trainings = [t for t in order_of(wanted) if not self.folder.is_trained(t)]
+        self.total, self.done = len(trainings) + len(open_cells), 0
+        self._say("plan", summary(self.plan, len(trainings), len(open_cells)))
+        self.waiting = {t.key for t in trainings}
+        self.open_cells = open_cells
+        if num_jobs == 1 or self.total <= 1 or torch.device(self.device).type != "cpu":
+            self._alone(trainings)
+        else:
+            self._spread(trainings, num_jobs)
+        order = {cell: i for i, cell in enumerate(self.plan.cells)}
+        return dict(sorted(self.cells.items(), key=lambda item: order[item[0]]))
+
+    def _alone(self, trainings: list[Training]) -> None:
+        with one_thread():
+            for training in trainings:
+                self._finish(training, *train(self.audit, self.folder, training, self.device))
+                for cell in self._ready():
+                    self._settle(cell, *settle(self.audit, self.folder, cell, self.device))
+            for cell in self._ready():
+                self._settle(cell, *settle(self.audit, self.folder, cell, self.device))
+
+    def _spread(self, trainings: list[Training], num_jobs: int) -> None:
+        fixed = (self.audit, self.folder, self.device)
+        queue: list[Training | Planned] = [*self._ready(), *trainings]
+        running: dict[Future[Any], Training | Planned] = {}
+        pool = ProcessPoolExecutor(num_jobs, context(), _begin, fixed)
+        try:
+            while queue or running:
+                while queue and len(running) < num_jobs:
+                    unit = queue.pop(0)
+                    running[pool.submit(_do, unit)] = unit
+                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    unit = running.pop(future)
+                    if isinstance(unit, Training):
+                        self._finish(unit, *future.result())
+                        queue = [*self._ready(), *queue]
+                    else:
+                        self._settle(unit, *future.result())
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "a worker process died, as when memory runs out: use fewer --jobs; what is "
+                "finished is kept, and the same command goes on"
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+
+    def _ready(self) -> list[Planned]:
+        """Take and return the cells whose trainings have all ended, well or badly."""
+        ready = [c for c in self.open_cells if not self.waiting & set(c.needs)]
+        self.open_cells = [c for c in self.open_cells if self.waiting & set(c.needs)]
+        possible = []
+        for cell in ready:
+            if failed := next((self.broken[k] for k in cell.needs if k in self.broken), None):
+                self._settle(cell, Failed(f"its training failed: {failed}"), 0.0)
+            else:
+                possible.append(cell)
+        return possible
+
+    def _finish(self, training: Training, error: str | None, seconds: float) -> None:
+        self.waiting.discard(training.key)
+        self.done += 1
+        who = training.attack or ("shadow model" if training.shadow is not None else "honest")
+        text = f"{training.defence}, {who}, seed {training.seed}"
+        note_failure(self.folder.log(training.key), error)
+        if error is not None:
+            self.broken[training.key] = error
+            self._say("failed", f"training failed ({text}): {error}", seconds)
+        else:
+            self._say("shadow" if training.shadow is not None else "training", text, seconds)
+
+    def _settle(self, cell: Planned, result: Cell, seconds: float) -> None:
+        self.cells[cell] = result
+        self.done += 1
+        note_failure(
+            self.folder.cell(cell.key), result.error if isinstance(result, Failed) else None
+        )
+        text = f"{cell.attack} at {cell.seat}, {cell.defence}, seed {cell.seed}"
+        if isinstance(result, Failed):
+            self._say("failed", f"attack failed ({text}): {result.error}", seconds)
+        else:
+            self._say("cell", text, seconds)
+
+    def _say(self, what: str, text: str, seconds: float = 0.0) -> None:
+        self.on_event(Event(what, self.done, self.total, text, seconds))
+
+
+def summary(todo: Plan, num_trainings: int | None = None, num_cells: int | None = None) -> str:
+    """Return how much there is to do, in a sentence."""
+    trainings = todo.trainings.values()
+    shadows = sum(t.shadow is not None for t in trainings)
+    blocked = sum(c.settled is not None for c in todo.cells)
+    said = (
+        f"{len(todo.cells)} cells ({blocked} blocked), {len(todo.trainings) - shadows} trainings "
+        f"and {shadows} shadow models"
+    )
+    if num_trainings is None or num_cells is None:
+        return said
+    left = f"{num_trainings} trainings and {num_cells} cells"
+    return f"{said}; {left} are left to do"
+
+
+_here: Any = None
+
+
+def _begin(*fixed: Any) -> None:
+    global _here
+    become_worker()
+    _here = fixed
+
+
+def _do(unit: Training | Planned) -> tuple[Any, float]:
+    audit, folder, device = _here
+    if isinstance(unit, Training):
+        return train(audit, folder, unit, device)
+    return settle(audit, folder, unit, device)
+
+
+def train(
+    audit: Audit, folder: AuditFolder, training: Training, device: str
+) -> tuple[str | None, float]:
+    """Run a training, or the rest of it, and save what it leaves; return why it failed, if so."""
+    began = time.perf_counter()
+    federation, task = audit.federations[training.defence], audit.task
+    draft, state, log = folder.draft(training.key), None, list[Played]()
+    history: list[float] = []
+    try:
+        if training.shadow is not None:
+            question, _ = pose(audit, federation, training.game, -1, training.seed)
+            candidates, game = question.candidates, training.game
+            task, _ = shadow_task(audit, candidates, game, training.shadow, training.seed)
+        missing = [t for t in training.states if t and not folder.state(training.key, t).exists()]
+        if draft.exists():
+            state, log, history = _read_draft(draft)
+            if state is not None and any(t < state.round for t in missing):
+                state, log, history = None, [], []
+        saved_at = time.perf_counter()
+
+        def on_round(now: State, played: Played) -> None:
+            nonlocal saved_at
+            log.append(played)
+            if training.shadow is None:
+                history.append(shown_score(federation, task, now.params, training.seed))
+            if now.round in missing:
+                write_state(folder.state(training.key, now.round), now)
+            if time.perf_counter() - saved_at > _CHECKPOINT_SECONDS:
+                _write_draft(draft, now, log, history)
+                saved_at = time.perf_counter()
+
+        run = simulate(
+            federation,
+            task,
+            num_rounds=audit.num_rounds,
+            seed=training.seed,
+            coalition=training.coalition,
+            server=training.server,
+            device=device,
+            state=state,
+            on_round=on_round,
+        )
+        if log and all(p.aborted for p in log):
+            raise RuntimeError(f"every round was aborted: {log[-1].incidents[-1].what}")
+    except OSError:
+        raise  # of the folder, and not of the training: nothing to go on with
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", time.perf_counter() - began
+    write_tensors(folder.state(training.key), {"params": run.state.params})
+    write_json(folder.log(training.key), asdict(_logged(task, log, history)))
+    draft.unlink(missing_ok=True)
+    return None, time.perf_counter() - began
+
+
+def _logged(task: Task, log: list[Played], history: list[float]) -> Log:
+    return Log(
+        task.metric.__name__,
+        tuple(history),
+        tuple(p.seconds for p in log),
+        round(sum(p.bytes_up for p in log) / max(len(log), 1)),
+        round(sum(p.bytes_down for p in log) / max(len(log), 1)),
+        tuple(len(p.cohort) for p in log),
+        tuple((i.round, i.client, i.what) for p in log for i in p.incidents),
+        sum(p.aborted for p in log),
+    )
+
+
+def _write_draft(path: Path, state: State, log: list[Played], history: list[float]) -> None:
+    write_state(path, state, {"log": [asdict(p) for p in log], "history": history})
+
+
+def _read_draft(path: Path) -> tuple[State | None, list[Played], list[float]]:
+    try:
+        state, about = read_state(path)
+    except Unreadable:
+        return None, [], []
+    log = [
+        Played(
+            **p
+            | {
+                "cohort": tuple(p["cohort"]),
+                "incidents": tuple(Incident(**i) for i in p["incidents"]),
+            }
+        )
+        for p in about["log"]
+    ]
+    return state, log, list(about["history"])
+
+
+def shown_score(federation: Federation[Any, Any], task: Task, params: Tensor, seed: int) -> float:
+    """Return the task's metric on some of the test set, as users of the release would see it."""
+    inputs, labels = (t[:_SHOWN] for t in task.test)
+    view = released(federation, task, params, seed)
+    return float(task.metric(view.scores(inputs), labels).mean())
+
+
+def settle(audit: Audit, folder: AuditFolder, cell: Planned, device: str) -> tuple[Cell, float]:
+    """Mount a cell's attack, mark and save what comes of it."""
+    began = time.perf_counter()
+    trial = audit.entries[cell.attack].trial
+    try:
+        marked = (
+            _sabotage(audit, folder, cell, trial)
+            if isinstance(trial, Sabotage)
+            else _play(audit, folder, cell, trial, device)
+        )
+    except (OSError, Unreadable):
+        raise
+    except Exception as error:  # a cell that failed says so, and is tried again next time
+        return Failed(f"{type(error).__name__}: {error}"), time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    write_cell(folder, cell.key, marked, seconds)
+    return Scored(marked), seconds
+
+
+def _sabotage(audit: Audit, folder: AuditFolder, cell: Planned, trial: Sabotage) -> Marked:
+    federation = audit.federations[cell.defence]
+    hurt, clean = (
+        released(federation, audit.task, _params(folder, k), cell.seed)
+        for k in (cell.run, cell.clean)
+    )
+    rng = Randomness(cell.seed).at("mark" + fingerprint(trial))
+    return trial.outcome.mark(hurt, clean, task=audit.task, rng=rng)
+
+
+def _play(
+    audit: Audit, folder: AuditFolder, cell: Planned, trial: Trial[Any], device: str
+) -> Marked:
+    federation, seed = audit.federations[cell.defence], cell.seed
+    question, truth = pose(audit, federation, trial.game, trial.at, seed)
+    if cell.shadows:
+        question = replace(question, shadows=_shadows(audit, folder, cell, trial.game, question))
+    view = _view(audit, folder, cell, trial, device)
+    asked = {f.name: getattr(question, f.name) for f in fields(question)}
+    randomness, name = Randomness(seed), fingerprint(trial)
+    guess = call(trial.attack, view, rng=randomness.at("attack" + name), **asked)
+    return trial.game.mark(guess, truth, rng=randomness.at("mark" + name))
+
+
+def _shadows(audit: Audit, folder: AuditFolder, cell: Planned, game: Any, question: Any) -> Shadows:
+    models, inside = [], []
+    for i, k in enumerate(cell.shadows):
+        models.append(ModelView(audit.task.model, _params(folder, k)))
+        inside.append(shadow_task(audit, question.candidates, game, i, cell.seed)[1])
+    return Shadows(tuple(models), torch.stack(inside))
+
+
+def _view(audit: Audit, folder: AuditFolder, cell: Planned, trial: Trial[Any], device: str) -> Any:
+    """Return what the seat sees: the final model as it holds it, or a round that is played again.
+
+    A round is replayed from the state before it, which gives the same bits and keeps on disk one
+    vector for what may be hundreds of messages.
+    """
+    federation, task = audit.federations[cell.defence], audit.task
+    if is_model(trial):
+        params = _params(folder, cell.run)
+        if cell.seat is Seat.USER:
+            return released(federation, task, params, cell.seed)
+        return ModelView(task.model, params)
+    first = 0 if trial.whole else trial.at % audit.num_rounds
+    run = simulate(
+        federation,
+        task,
+        num_rounds=audit.num_rounds,
+        seed=cell.seed,
+        coalition=trial.coalition,
+        server=trial.server,
+        watch=[watch_of(trial, audit.num_rounds)],
+        device=device,
+        state=read_state(folder.state(cell.run, first))[0] if first else None,
+        until=None if trial.whole else first + 1,
+    )
+    kinds = federation.views()[cell.seat] if cell.seat else ()
+    kind = next(k for k in kinds if matches(k, trial.needs))
+    views = [v for k, v in run.views if k == kind and trial.sits_at(v)]
+    if trial.whole:
+        return views
+    if not views:
+        raise RuntimeError(f"round {first} shows the {cell.seat} nothing: choose another 'at'")
+    return views[0]
+
+
+def released(federation: Federation[Any, Any], task: Task, params: Tensor, seed: int) -> Any:
+    """Return a fresh view of the released model: queries are counted for each attack apart."""
+    rng = Randomness(seed).at("release")
+    return call(federation.release, task.model, params, rng=rng, public=task.public)
+
+
+def _params(folder: AuditFolder, training: str) -> Tensor:
+    return read_tensors(folder.state(training))[0]["params"]

@@ -1,0 +1,324 @@
+"""The command line. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum, StrEnum
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+if TYPE_CHECKING:
+    from turncoat.audit import Event
+    from turncoat.plan import Audit
+
+
+class Exit(IntEnum):
+    """What the exit code says."""
+
+    DONE = 0  # every cell is scored or blocked
+    CRASHED = 1  # a defect of Turncoat: please report it
+    BAD_INPUT = 2  # the command or the file: nothing was computed
+    FAILED_CELLS = 3  # done, but some attacks or trainings broke down
+    BAD_FOLDER = 4  # the folder or the disk: what is finished is kept
+    INTERRUPTED = 130  # Ctrl-C: what is finished is kept
+
+
+class Kind(StrEnum):
+    ATTACKS = "attacks"
+    DEFENCES = "defences"
+    TASKS = "tasks"
+
+
+_CODES = "\n\n".join(
+    f"{code.value}: {said}"
+    for code, said in {
+        Exit.DONE: "every cell is scored or blocked",
+        Exit.CRASHED: "a defect of Turncoat",
+        Exit.BAD_INPUT: "the command or the file is wrong; nothing was computed",
+        Exit.FAILED_CELLS: "done, but some attacks or trainings broke down",
+        Exit.BAD_FOLDER: "the folder or the disk is; what is finished is kept",
+        Exit.INTERRUPTED: "Ctrl-C; what is finished is kept",
+    }.items()
+)
+
+app = typer.Typer(
+    help="Attack and defend federated learning; measure who can still do what.",
+    epilog=f"Exit codes:\n\n{_CODES}",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+
+File = Annotated[
+    str | None,
+    typer.Argument(help="A TOML file, or the name of an audit that comes along; without: digits."),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a key of the file: rounds=5, attack.lira.num_shadows=8."),
+]
+Seeds = Annotated[int | None, typer.Option(min=1, help="Audit so many seeds, from 0 on.")]
+
+
+@app.command()
+def audit(
+    file: File = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Where to keep it; audits/NAME without.")
+    ] = None,
+    seeds: Seeds = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Processes of one thread each; all cores without.")
+    ] = None,
+    settings: Set = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    update: Annotated[
+        bool, typer.Option("--update", help="Go on in a folder that holds another audit.")
+    ] = False,
+) -> None:
+    """Play every attack against every defence, and write a report.
+
+    What is finished is kept: the same command goes on where it stopped.
+    """
+    with _errors_in_words():
+        from turncoat.audit import run_audit
+        from turncoat.record import FolderUnusable
+        from turncoat.trial import Failed
+
+        path = _file(file)
+        wanted = _load(path, settings, seeds)
+        _check_device(device)
+        where = folder or Path("audits") / path.stem
+        out.print(f"[bold]{escape(wanted.title)}[/bold]")
+        try:
+            with _progress() as on_event:
+                cells = run_audit(
+                    wanted,
+                    where,
+                    num_jobs=jobs or _cores(),
+                    device=device,
+                    update=update,
+                    command=shlex.join(["turncoat", *sys.argv[1:]]),
+                    on_event=on_event,
+                )
+            page = _report(where)
+        except FolderUnusable:
+            raise
+        except OSError as error:
+            raise FolderUnusable(
+                f"cannot write to {where}: {error.strerror or error}: make room, or choose another "
+                "--out; what is finished is kept, and the same command goes on"
+            ) from error
+        failed = {c: r for c, r in cells.items() if isinstance(r, Failed)}
+        for cell, result in failed.items():
+            said = f"{cell.attack} at {cell.seat}, {cell.defence}: {result.error}"
+            err.print(f"[yellow]failed[/yellow] {escape(said)}")
+        out.print(f"\nReport: [bold]{escape(str(page))}[/bold]")
+        if failed:
+            raise typer.Exit(Exit.FAILED_CELLS)
+
+
+@app.command()
+def explain(file: File = None, seeds: Seeds = None, settings: Set = None) -> None:
+    """Say who sits where and sees what, what blocks what, and which ε holds. Trains nothing."""
+    with _errors_in_words():
+        from turncoat.explain import explained
+
+        for line in explained(_load(_file(file), settings, seeds)):
+            out.print(line)
+
+
+@app.command(name="list")
+def list_parts(
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """List the attacks, the defences or the tasks that a file can name."""
+    with _errors_in_words():
+        from turncoat.explain import listed
+
+        found = listed(kind)
+        if as_json:
+            import json
+
+            print(json.dumps(found, indent=1))
+            return
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, show_edge=False)
+        for column in ("name", "where", "what", "options"):
+            table.add_column(column, overflow="fold", no_wrap=column == "name")
+        for one in found:
+            options = ", ".join(one["options"])
+            table.add_row(*map(escape, (one["name"], one["place"], one["summary"], options)))
+        out.print(table)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of an audit.")],
+) -> None:
+    """Make the page of an audit again from what its folder holds."""
+    with _errors_in_words():
+        from turncoat.record import FolderUnusable, write_records
+
+        if not (folder / "plan.json").exists():
+            raise FolderUnusable(
+                f"{folder} holds no plan.json, so no audit: give the --out of an audit"
+            )
+        write_records(folder)
+        out.print(f"\nReport: [bold]{escape(str(_report(folder)))}[/bold]")
+
+
+@app.command()
+def version() -> None:
+    """Say which version this is."""
+    from turncoat import __version__
+
+    print(__version__)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _file(name: str | None) -> Path:
+    """Return the path of a file, or that of an audit that comes along."""
+    path = Path(name or "digits")
+    shipped = Path(str(resources.files("turncoat") / "audits"))
+    if path.suffix != ".toml" and not path.exists():
+        own = shipped / f"{path.name}.toml"
+        if own.exists():
+            return own
+        from turncoat.config import ConfigError
+
+        names = ", ".join(sorted(p.stem for p in shipped.glob("*.toml")))
+        raise ConfigError(f"there is no file {path}, nor an audit of that name; there are {names}")
+    return path
+
+
+def _load(path: Path, settings: list[str] | None, seeds: int | None) -> Audit:
+    from turncoat.config import load
+
+    return load(path, overrides=settings or (), num_seeds=seeds)
+
+
+def _report(folder: Path) -> Path:
+    from turncoat.report.page import write_report
+    from turncoat.report.verdict import verdicts
+
+    page = write_report(folder)
+    out.print()
+    for verdict in verdicts(folder):
+        out.print(f"• {escape(str(verdict))}")
+    return page
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    from turncoat.config import ConfigError
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}: use cpu") from None
+
+
+@contextmanager
+def _errors_in_words() -> Iterator[None]:
+    """Turn errors that a person can mend into one message and an exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print("\nstopped; what is finished is kept, and the same command goes on")
+        raise typer.Exit(Exit.INTERRUPTED) from None
+    except typer.Exit:
+        raise
+    except Exception as error:
+        from turncoat.config import ConfigError
+        from turncoat.record import FolderUnusable
+        from turncoat.runtimes.saved import Unreadable
+
+        if isinstance(error, ConfigError):
+            code = Exit.BAD_INPUT
+        elif isinstance(error, FolderUnusable | Unreadable):
+            code = Exit.BAD_FOLDER
+        elif isinstance(error, ValueError | TypeError) and "TURNCOAT_DEBUG" not in os.environ:
+            code = Exit.BAD_INPUT
+        else:
+            raise
+        err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(code) from None
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """Show what happens, with the time left: a bar on a terminal, else a line now and then."""
+    pace = _Pace()
+    if not out.is_terminal:
+        yield pace.lines
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[left]}"),
+        TextColumn("[dim]{task.description}"),
+    )
+    with Progress(*columns, console=out, transient=True) as bar:
+        task = bar.add_task("", total=None, left="")
+
+        def show(event: Event) -> None:
+            if event.what in ("plan", "failed"):
+                bar.console.print(escape(event.text))
+            left = pace.left(event)
+            bar.update(
+                task,
+                completed=event.done,
+                total=event.of,
+                description=escape(event.text),
+                left=left,
+            )
+
+        yield show
+
+
+class _Pace:
+    """How long the rest will take, from how long what is done took."""
+
+    def __init__(self) -> None:
+        self.began = self.said = time.monotonic()
+
+    def left(self, event: Event) -> str:
+        gone = time.monotonic() - self.began
+        if not event.done:
+            return ""
+        seconds = gone / event.done * (event.of - event.done)
+        return f"{seconds / 60:.0f} min left" if seconds > 90 else f"{seconds:.0f} s left"
+
+    def lines(self, event: Event) -> None:
+        now = time.monotonic()
+        last = event.done == event.of
+        if event.what in ("plan", "failed") or last or now - self.said > 10:
+            self.said = now
+            said = event.text if event.what != "plan" else f"plan: {event.text}"
+            print(f"[{event.done}/{event.of}] {said} {self.left(event)}".rstrip(), flush=True)

@@ -1,0 +1,466 @@
+"""From a TOML file to the audit it describes. The constructors are the schema."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import tomllib
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from turncoat.audit import Audit, Entry
+from turncoat.brought import import_file
+from turncoat.coalition import Coalition
+from turncoat.federation import STAGES, Federation
+from turncoat.parts import PARTS
+from turncoat.stage import Broadcast, Channel, IncompatibleStages, Prepare, Train, stands
+from turncoat.task import Task
+from turncoat.trial import Memberships, Reconstruction, Sabotage, Trial
+from turncoat.validate import nearest
+from turncoat.views import CoalitionView, Seat
+
+_TOP = {"title", "rounds", "seeds", "delta", "defences", "task", "federation", "coalition"} | {
+    "attack",
+    "defence",
+}
+_OF_A_TRIAL = {"at", "by", "game", "outcome", "coalition", "acts", "seats"}
+_GAMES = {tuple[Reconstruction, ...]: "reconstruct", Memberships: "membership"}
+
+
+class ConfigError(ValueError):
+    """A description that names nothing buildable. Says file, key, and the nearest right one."""
+
+
+class Conflict(ConfigError):
+    """Two defences want the same place of the round."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """A place in a file, for messages and for what is named relative to it."""
+
+    file: str
+    folder: Path
+    keys: tuple[str, ...] = ()
+
+    def __truediv__(self, key: str) -> Where:
+        return replace(self, keys=(*self.keys, key))
+
+    def __str__(self) -> str:
+        return f"{self.file}: [{'.'.join(self.keys)}]" if self.keys else self.file
+
+
+def load(path: Path, *, overrides: Sequence[str] = (), num_seeds: int | None = None) -> Audit:
+    """Return the audit that a TOML file describes.
+
+    Args:
+        overrides: ``"key.of.a.table=value"``, the value as TOML has it, or a bare string.
+        num_seeds: Audit the seeds 0 to ``num_seeds - 1``, whatever the file says.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"there is no file {path}: give a TOML file, or no name at all") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as text: {error}") from None
+    where = Where(path.name, path.resolve().parent)
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{where}: not TOML: {error}") from None
+    for override in overrides:
+        _override(tables, override)
+    if num_seeds is not None:
+        tables["seeds"] = num_seeds
+    return _audit(tables, where, text, tuple(overrides))
+
+
+def _audit(tables: dict[str, Any], where: Where, text: str, overrides: tuple[str, ...]) -> Audit:
+    known_keys(tables, _TOP, where)
+    for table in ("task", "federation"):
+        if table not in tables:
+            raise ConfigError(f"{where} lacks the table [{table}]")
+    task = build(tables["task"], where / "task", kind="task")
+    if not isinstance(task, Task):
+        raise ConfigError(f"{where / 'task'}: {tables['task']['use']!r} made {task!r} and no Task")
+    base = _federation(tables["federation"], where / "federation")
+    defences = {
+        name: _defence(name, parts, where / "defence" / name)
+        for name, parts in _table(tables, "defence", where).items()
+    }
+    columns = _strings(tables.get("defences", ["none", *defences]), where / "defences")
+    federations = {}
+    for column in columns:
+        federations[column] = _column(column, base, defences, where / "defences")
+    standing = tables.get("coalition")
+    entries = {
+        name: _entry(name, table, standing, base, where)
+        for name, table in _table(tables, "attack", where).items()
+    }
+    if not entries:
+        raise ConfigError(f"{where} names no attack: add a table [attack.NAME]")
+    seeds = tables.get("seeds", 1)
+    if isinstance(seeds, int) and not isinstance(seeds, bool):
+        if seeds < 1:
+            raise ConfigError(f"{where / 'seeds'} = {seeds}: it must be at least 1")
+        seeds = list(range(seeds))
+    rounds = _value(int, tables.get("rounds", 10), where / "rounds")
+    if rounds < 1:
+        raise ConfigError(f"{where / 'rounds'} = {rounds}: it must be at least 1")
+    delta = _value(float, tables.get("delta", 1e-5), where / "delta")
+    if not 0 < delta < 1:
+        raise ConfigError(f"{where / 'delta'} = {delta}: it must be between 0 and 1")
+    return Audit(
+        title=_value(str, tables.get("title", where.file), where / "title"),
+        task=task,
+        federations=federations,
+        entries=entries,
+        num_rounds=rounds,
+        seeds=tuple(_value(list[int], seeds, where / "seeds")),
+        delta=delta,
+        text=text,
+        overrides=overrides,
+    )
+
+
+@dataclass(frozen=True)
+class Defence:
+    """Stages to put in place of a federation's, or around them where ``inner`` is left out.
+
+    ``a | b`` is both, in this order: later wrappers go outside. Two that replace one place clash.
+    """
+
+    name: str
+    parts: Mapping[str, Any]
+    where: Where
+    then: tuple[Defence, ...] = field(default=())
+
+    def __or__(self, other: Defence) -> Defence:
+        for place in sorted(self.replaces() & other.replaces()):
+            raise Conflict(
+                f"{self.where}: {self.name!r} and {other.name!r} both replace {place!r}: choose one"
+            )
+        name = f"{self.name} | {other.name}"
+        return replace(self, name=name, then=(*self.then, *other))
+
+    def replaces(self) -> set[str]:
+        """Return the places whose stage is lost, here and in what is combined with this."""
+        return {p for d in self for p, table in d.parts.items() if not wraps(table, d.where / p)}
+
+    def __iter__(self) -> Any:
+        yield replace(self, then=())
+        yield from self.then
+
+    def around(self, federation: Federation[Any, Any]) -> Federation[Any, Any]:
+        """Return the federation with replacements first, then wrappers, in order."""
+        new: dict[str, Any] = {}
+        todo = [(p, table, d.where / p) for d in self for p, table in d.parts.items()]
+        for place, table, where in sorted(todo, key=lambda item: wraps(item[1], item[2])):
+            held = new.get(place, getattr(federation, place))
+            new[place] = build(table, where, kind="stage", inner=held)
+        try:
+            return replace(federation, **new)
+        except IncompatibleStages as error:
+            raise ConfigError(f"{self.where}: the defence {self.name!r}: {error}") from None
+
+
+def _defence(name: str, parts: Any, where: Where) -> Defence:
+    if not isinstance(parts, dict) or not parts:
+        raise ConfigError(f"{where} must be a table of stages, such as aggregate = {{ use = ... }}")
+    if "|" in name or name == "none":
+        raise ConfigError(f"{where}: a defence cannot be called {name!r}; '|' joins names of them")
+    known_keys(parts, set(STAGES), where)
+    defence = Defence(name, parts, where)
+    defence.replaces()  # so that a misspelt part is found before anything is built
+    return defence
+
+
+def _column(
+    column: str, base: Federation[Any, Any], defences: Mapping[str, Defence], where: Where
+) -> Federation[Any, Any]:
+    names = [name.strip() for name in column.split("|")]
+    if names == ["none"]:
+        return base
+    for name in names:
+        if name not in defences:
+            raise ConfigError(
+                f"{where} names {name!r}, but there is no table [defence.{name}]; "
+                + nearest(name, [*defences, "none"])
+            )
+    whole = defences[names[0]]
+    for name in names[1:]:
+        whole = whole | defences[name]
+    return whole.around(base)
+
+
+def _federation(table: Any, where: Where) -> Federation[Any, Any]:
+    if not isinstance(table, dict):
+        raise ConfigError(f"{where} must be a table")
+    known_keys(table, set(inspect.signature(Federation).parameters), where)
+    stages = {
+        place: build(part, where / place, kind="stage")
+        if place in STAGES
+        else _value(int, part, where / place)
+        for place, part in table.items()
+    }
+    for place in ("train", "channel", "aggregate"):
+        if place not in stages:
+            raise ConfigError(f"{where} lacks the stage {place!r}")
+    try:
+        return Federation(**stages)
+    except (IncompatibleStages, ValueError) as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _entry(name: str, table: Any, standing: Any, base: Federation[Any, Any], where: Where) -> Entry:
+    at = where / "attack" / name
+    if not isinstance(table, dict):
+        raise ConfigError(f"{at} must be a table with the key 'use'")
+    about = {k: v for k, v in table.items() if k in _OF_A_TRIAL}
+    attack = build(
+        {k: v for k, v in table.items() if k not in _OF_A_TRIAL},
+        at,
+        kind="attack",
+        inner=base.train,
+    )
+    seats = _seats(about.pop("seats", []), at / "seats")
+    place = _worn_at(attack, at)
+    if place is None:
+        return Entry(_trial(attack, about, at), seats)
+    outcome = about.pop("outcome", None) or _outcome_of(attack)
+    made = (
+        build(outcome, at / "outcome", kind="outcome")
+        if isinstance(outcome, dict | str)
+        else outcome
+    )
+    known_keys(about, {"coalition", "acts"}, at)
+    if place == "server":
+        return Entry(Sabotage(outcome=made, server=attack), seats)
+    who = about.get("coalition", standing)
+    if who is None:
+        raise ConfigError(
+            f"{at}: {type(attack).__name__} is played by dishonest clients, but nobody is named: "
+            'add [coalition] members = { use = "clients", ids = [0, 1] }'
+        )
+    if not isinstance(who, dict) or "members" not in who:
+        raise ConfigError(f"{where / 'coalition'} lacks the key 'members': who is dishonest?")
+    options = dict(who) | ({"acts": about["acts"]} if "acts" in about else {})
+    known_keys(options, {f.name for f in fields(Coalition)} - {place}, where / "coalition")
+    hints = get_type_hints(Coalition)
+    built = {
+        k: v if k == place else _nested(hints[k], v, where / "coalition" / k)
+        for k, v in (options | {place: attack}).items()
+    }
+    return Entry(Sabotage(outcome=made, coalition=Coalition(**built)), seats)
+
+
+def _trial(attack: Any, about: dict[str, Any], at: Where) -> Trial[Any]:
+    known_keys(about, {"at", "by", "game"}, at)
+    guess = get_type_hints(type(attack).__call__).get("return")
+    game = about.pop("game", _GAMES.get(guess))  # type: ignore[arg-type]
+    if game is None:
+        raise ConfigError(f"{at} lacks the key 'game': what would mark a guess {guess!r}?")
+    made = build(game, at / "game", kind="game")
+    whole = {k: _value(int, v, at / k) for k, v in about.items()}
+    try:
+        return Trial(attack, made, **whole)
+    except TypeError as error:
+        raise ConfigError(f"{at}: {error}") from None
+
+
+def _outcome_of(attack: Any) -> Any:
+    """Return what an attack is after: its backdoor where it has one, else the model's accuracy."""
+    if hasattr(attack, "trigger") and hasattr(attack, "target"):
+        from turncoat.games.outcomes import BackdoorSuccess
+
+        return BackdoorSuccess(attack.trigger, attack.target)
+    return "accuracy-lost"
+
+
+def _worn_at(attack: Any, at: Where) -> str | None:
+    """Return the place at which a dishonest seat wears an attack; None if it only watches."""
+    call = type(attack).__call__
+    subject = next((n for n in inspect.signature(call).parameters if n != "self"), "")
+    hints = get_type_hints(call)
+    if subject == "view":
+        return "forge" if get_origin(hints.get("view")) is CoalitionView else None
+    for name, kind in (
+        ("prepare", Prepare),
+        ("train", Train),
+        ("server", Broadcast),
+        ("channel", Channel),
+    ):
+        if stands(attack, kind):
+            return name
+    raise ConfigError(f"{at}: {attack!r} is no attack: it neither watches a view nor can be worn")
+
+
+def _seats(names: Any, where: Where) -> tuple[Seat, ...]:
+    for name in (given := _strings([names] if isinstance(names, str) else names, where)):
+        if name not in list(Seat):
+            raise ConfigError(f"{where} has no seat {name!r}; {nearest(name, list(Seat))}")
+    return tuple(map(Seat, given))
+
+
+def wraps(table: Any, where: Where) -> bool:
+    """Say whether a table describes a wrapper that is still open."""
+    table = _as_table(table, where)
+    signature = inspect.signature(part(table["use"], where, kind="stage")).parameters
+    return "inner" in signature and "inner" not in table
+
+
+def build(table: Any, where: Where, *, kind: str, inner: Any = None) -> Any:
+    """Build what ``table["use"]`` names from the other keys, deepest tables first.
+
+    A part without options may be named by a bare string.
+    """
+    table = _as_table(table, where)
+    made = part(table["use"], where, kind=kind)
+    signature = inspect.signature(made)
+    hints = get_type_hints(made)
+    options = {key: value for key, value in table.items() if key != "use"}
+    parameters = {
+        name: p for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD
+    }
+    if len(parameters) == len(signature.parameters):
+        known_keys(options, set(parameters), where)
+    built = {k: _nested(hints.get(k, Any), v, where / k, kind=kind) for k, v in options.items()}
+    if inner is not None and "inner" in parameters:
+        built.setdefault("inner", inner)
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and name not in built:
+            raise ConfigError(f"{where} lacks the key {name!r}, which {table['use']!r} needs")
+    try:
+        return made(**built)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{where}: {type(error).__name__}: {error}") from error
+
+
+def part(name: Any, where: Where, *, kind: str) -> Any:
+    """Return what a short name, ``package.module:Name`` or ``file.py:Name`` stands for."""
+    if not isinstance(name, str):
+        raise ConfigError(f"{where} use = {name!r}: it must be a string")
+    target = name if ":" in name else PARTS.get(kind, {}).get(name) or _anywhere(name)
+    if target is None:
+        raise ConfigError(
+            f"{where} use = {name!r} names no {kind}; {nearest(name, PARTS.get(kind, {}))}"
+        )
+    source, _, attribute = target.rpartition(":")
+    try:
+        module = _module(source, where)
+    except ImportError as error:
+        raise ConfigError(f"{where} use = {name!r}: {error}") from error
+    except Exception as error:
+        raise ConfigError(
+            f"{where} use = {name!r}: {source} raised {type(error).__name__}: {error}"
+        ) from error
+    if not hasattr(module, attribute):
+        names = [n for n in vars(module) if not n.startswith("_")]
+        raise ConfigError(
+            f"{where} use = {name!r}: {source} has no {attribute!r}; {nearest(attribute, names)}"
+        )
+    return getattr(module, attribute)
+
+
+def _anywhere(name: str) -> str | None:
+    return next((parts[name] for parts in PARTS.values() if name in parts), None)
+
+
+def _module(source: str, where: Where) -> types.ModuleType:
+    file = where.folder / (source if source.endswith(".py") else f"{source.replace('.', '/')}.py")
+    if source.endswith(".py") and not file.is_file():
+        raise ImportError(f"there is no file {file}")
+    return import_file(file) if file.is_file() else importlib.import_module(source)
+
+
+def _nested(hint: Any, value: Any, where: Where, kind: str = "") -> Any:
+    """Return a value as its annotation has it: a part is built, all else is checked."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    plain = (str, int, float, bool, type(None), list, tuple, dict, Any, set, frozenset, Path)
+    made = [o for o in options if (get_origin(o) or o) not in plain and _is_built(o)]
+    is_part = isinstance(value, dict) and "use" in value
+    if made and (is_part or (isinstance(value, str) and str not in options)):
+        return build(value, where, kind=_kind_of(made[0], kind))
+    if made and isinstance(value, dict):
+        raise ConfigError(f"{where} lacks the key 'use'")
+    return _value(hint, value, where)
+
+
+def _is_built(hint: Any) -> bool:
+    origin = get_origin(hint) or hint
+    return isinstance(origin, type) and not issubclass(origin, str | int | float)
+
+
+def _kind_of(hint: Any, kind: str) -> str:
+    name = getattr(get_origin(hint) or hint, "__name__", "")
+    return {"Members": "members", "Schedule": "schedule", "Partition": "partition"}.get(
+        name,
+        {"Architecture": "model", "Game": "game", "Outcome": "outcome"}.get(
+            name,
+            "stage" if any(hint is s or get_origin(hint) is s for s in STAGES.values()) else kind,
+        ),
+    )
+
+
+def _value(hint: Any, value: Any, where: Where) -> Any:
+    try:
+        return TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        said = error.errors()[0]["msg"]
+        raise ConfigError(f"{where} = {value!r}: {said[:1].lower()}{said[1:]}") from None
+    except TypeError:
+        raise ConfigError(f"{where} = {value!r}: a date or time is of no use here") from None
+
+
+def _as_table(table: Any, where: Where) -> dict[str, Any]:
+    if isinstance(table, str):
+        return {"use": table}
+    if not isinstance(table, dict) or "use" not in table:
+        raise ConfigError(f"{where} lacks the key 'use'")
+    return table
+
+
+def _table(tables: Mapping[str, Any], name: str, where: Where) -> dict[str, Any]:
+    table = tables.get(name, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{where / name} must be a table of tables: [{name}.NAME]")
+    return table
+
+
+def _strings(value: Any, where: Where) -> list[str]:
+    found: list[str] = _value(list[str], value, where)
+    if len(set(found)) < len(found):
+        raise ConfigError(f"{where} = {found!r} names one thing twice")
+    return found
+
+
+def known_keys(given: Mapping[str, Any], right: set[str], where: Where) -> None:
+    """Refuse a key that means nothing here, with the nearest that does."""
+    for name in given:
+        if name not in right:
+            raise ConfigError(f"{where} has no key {name!r}; {nearest(name, right)}")
+
+
+def _override(tables: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    keys = [k.strip() for k in name.split(".")]
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {override!r} is not of the form key.of.a.table=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    table = tables
+    for step in keys[:-1]:
+        table = table.setdefault(step, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {override!r}: {step!r} is a value and has no keys")
+    table[keys[-1]] = value

@@ -1,0 +1,276 @@
+"""What an audit will do, before anything is done: trainings, shadow models and cells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turncoat.coalition import Coalition, check_members, check_worn
+from turncoat.describe import fingerprint, key
+from turncoat.federation import Federation
+from turncoat.randomness import Randomness
+from turncoat.runtimes.simulate import Watch, cohorts
+from turncoat.stage import Broadcast, asks, code_of, matches
+from turncoat.task import Shards, Task
+from turncoat.trial import Blocked, Failed, Sabotage, Trial, why_blocked
+from turncoat.views import ModelView, QueryView, Seat
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An attack of the matrix, and the seats it is asked for (none named: all that it can take)."""
+
+    trial: Trial[Any] | Sabotage
+    seats: tuple[Seat, ...] = ()
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Attacks x federations x seeds on one task.
+
+    Attributes:
+        federations: The columns by name; the first is the federation as it is.
+        entries: The attacks by name.
+        delta: At which every ε is stated.
+        text, overrides: The file this came from, for the record.
+    """
+
+    title: str
+    task: Task
+    federations: Mapping[str, Federation[Any, Any]]
+    entries: Mapping[str, Entry]
+    num_rounds: int
+    seeds: tuple[int, ...]
+    delta: float = 1e-5
+    text: str = ""
+    overrides: tuple[str, ...] = ()
+
+    @cached_property
+    def task_key(self) -> str:
+        return key(self.task)
+
+    @cached_property
+    def identity(self) -> str:
+        """What makes two audits two: the task, the first federation, the number of rounds."""
+        return key(next(iter(self.federations.values())), self.task_key, self.num_rounds)
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run that some cells need: honest, attacked, or a shadow of the honest one.
+
+    Attributes:
+        attack: The name of the active attack in it, or None.
+        states: Before which rounds its state is kept, for the views of those rounds.
+        shadow: Which of the shadow models of ``game`` it is, if it is one.
+    """
+
+    key: str
+    defence: str
+    seed: int
+    attack: str | None = None
+    coalition: Coalition[Any] | None = field(default=None, repr=False)
+    server: Broadcast | None = field(default=None, repr=False)
+    states: frozenset[int] = frozenset()
+    game: Any = field(default=None, repr=False)
+    shadow: int | None = None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One cell of the matrix, with the trainings it needs, or what already settles it."""
+
+    key: str
+    defence: str
+    attack: str
+    seat: Seat | None
+    seed: int
+    run: str = ""
+    clean: str = ""
+    shadows: tuple[str, ...] = ()
+    settled: Blocked | Failed | None = None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return tuple(k for k in (self.run, self.clean, *self.shadows) if k)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every cell in its order, and every training by its key."""
+
+    cells: tuple[Planned, ...]
+    trainings: Mapping[str, Training]
+
+
+def plan(audit: Audit) -> Plan:
+    """Return what an audit needs. Trainings are shared; impossible cells are settled here."""
+    trainings: dict[str, Training] = {}
+    cells: list[Planned] = []
+    for name, entry in audit.entries.items():
+        for seat in rows(audit, entry):
+            for defence, federation in audit.federations.items():
+                for seed in audit.seeds:
+                    cells.append(_cell(audit, name, entry.trial, seat, defence, federation, seed))
+    for cell in cells:
+        if cell.settled is None:
+            for training in _trainings(audit, cell):
+                known = trainings.get(training.key, training)
+                merged = known.states | training.states
+                trainings[training.key] = replace(known, states=merged)
+    return Plan(tuple(cells), trainings)
+
+
+def rows(audit: Audit, entry: Entry) -> list[Seat | None]:
+    """Return the seats of an attack's rows: one that any federation opens is a row for all."""
+    mounted = {s for f in audit.federations.values() for s in entry.trial.seats(f)}
+    chosen = [s for s in Seat if s in mounted and (not entry.seats or s in entry.seats)]
+    return [*chosen] or [*(entry.seats[:1] or (None,))]
+
+
+def _cell(
+    audit: Audit,
+    name: str,
+    trial: Trial[Any] | Sabotage,
+    seat: Seat | None,
+    defence: str,
+    federation: Federation[Any, Any],
+    seed: int,
+) -> Planned:
+    address = key(federation, audit.task_key, audit.num_rounds, seed, trial, seat)
+    cell = Planned(address, defence, name, seat, seed)
+    if seat not in trial.seats(federation):
+        return replace(cell, settled=Blocked(why_blocked(trial, federation, seat)))
+    if trial.coalition is not None:
+        try:
+            check_worn(federation, trial.coalition)
+        except TypeError as error:
+            return replace(cell, settled=Blocked(str(error)))
+        check_members(trial.coalition, len(audit.task.clients), Randomness(seed))
+    run = training_key(audit, federation, seed, trial.coalition, trial.server)
+    if isinstance(trial, Sabotage):
+        return replace(cell, run=run, clean=training_key(audit, federation, seed))
+    shadows = tuple(
+        shadow_key(audit, federation, seed, trial.game, k) for k in range(num_shadows(trial))
+    )
+    return replace(cell, run=run, shadows=shadows)
+
+
+def training_key(
+    audit: Audit,
+    federation: Federation[Any, Any],
+    seed: int,
+    coalition: Coalition[Any] | None = None,
+    server: Broadcast | None = None,
+) -> str:
+    return key(federation, audit.task_key, audit.num_rounds, seed, coalition, server)
+
+
+def shadow_key(
+    audit: Audit, federation: Federation[Any, Any], seed: int, game: Any, shadow: int
+) -> str:
+    return key(federation, audit.task_key, audit.num_rounds, seed, game, shadow)
+
+
+def _trainings(audit: Audit, cell: Planned) -> list[Training]:
+    trial = audit.entries[cell.attack].trial
+    active = isinstance(trial, Sabotage) or trial.coalition is not None or trial.server is not None
+    run = Training(
+        cell.run,
+        cell.defence,
+        cell.seed,
+        cell.attack if active else None,
+        trial.coalition,
+        trial.server,
+        states=states_needed(trial, audit.federations[cell.defence], audit.num_rounds),
+    )
+    found = [run]
+    if cell.clean and cell.clean != cell.run:
+        found.append(Training(cell.clean, cell.defence, cell.seed))
+    if isinstance(trial, Trial):
+        found += [
+            Training(k, cell.defence, cell.seed, game=trial.game, shadow=i)
+            for i, k in enumerate(cell.shadows)
+        ]
+    return found
+
+
+def states_needed(
+    trial: Trial[Any] | Sabotage, federation: Federation[Any, Any], num_rounds: int
+) -> frozenset[int]:
+    """Return before which rounds a state must be kept so that the trial's view can be made."""
+    if isinstance(trial, Sabotage) or trial.whole or is_model(trial):
+        return frozenset()
+    return frozenset({trial.at % num_rounds})
+
+
+def is_model(trial: Trial[Any]) -> bool:
+    """Say whether the trial attacks the final model, and not a round."""
+    return matches(ModelView, trial.needs) or matches(QueryView, trial.needs)
+
+
+def watch_of(trial: Trial[Any], num_rounds: int) -> Watch:
+    """Return which views a run must keep for this trial."""
+    rounds = None if trial.whole else frozenset({trial.at % num_rounds})
+    return Watch(trial.needs, rounds)
+
+
+def num_shadows(trial: Trial[Any]) -> int:
+    """Return how many shadow models an attack asks for: none, unless it asks for ``shadows``."""
+    wants = "shadows" in asks(code_of(trial.attack))[0]
+    return int(trial.attack.num_shadows) if wants else 0  # type: ignore[attr-defined]
+
+
+def pose(
+    audit: Audit, federation: Federation[Any, Any], game: Any, at: int, seed: int
+) -> tuple[Any, Any]:
+    """Return a game's question and truth: the same for all attacks that play the same game."""
+    rounds, randomness = audit.num_rounds, Randomness(seed)
+    sampled = cohorts(federation, len(audit.task.clients), num_rounds=rounds, seed=seed)
+    question, truth = game.pose(
+        audit.task,
+        took_part=frozenset().union(*sampled),
+        cohort=sampled[at % rounds],
+        rng=randomness.at("pose" + fingerprint(game)),
+    )
+    return question, truth
+
+
+def shadow_task(
+    audit: Audit, candidates: tuple[Tensor, Tensor], game: Any, shadow: int, seed: int
+) -> tuple[Task, Tensor]:
+    """Return the task of one shadow model, and which candidates are in it.
+
+    Two shadows share a draw: one has a random half of the candidates, the next has the other, so
+    that each candidate is in exactly half of an even number of models. What is missing to the size
+    of the real training set comes from the population that the attacker knows; clients are as
+    large as the real ones, as far as that goes.
+    """
+    task, (inputs, labels) = audit.task, candidates
+    rng = Randomness(seed).at("shadow" + fingerprint(game), shadow // 2)
+    order = torch.randperm(len(labels), generator=rng)
+    half = len(labels) // 2
+    chosen = order[:half] if shadow % 2 == 0 else order[half:]
+    inside = torch.zeros(len(labels), dtype=torch.bool)
+    inside[chosen] = True
+    x, y = inputs[chosen], labels[chosen]
+    missing = sum(task.sizes) - len(y)
+    if missing > 0 and task.public is not None:
+        fill = torch.randperm(len(task.public[1]), generator=rng)[:missing]
+        x, y = torch.cat([x, task.public[0][fill]]), torch.cat([y, task.public[1][fill]])
+    mixed = torch.randperm(len(y), generator=rng)
+    bounds = [0]
+    for size in torch.tensor(task.sizes).cumsum(0).tolist():
+        bounds.append(round(size * len(y) / sum(task.sizes)))
+    clients = Shards(x[mixed], y[mixed], tuple(bounds))
+    return replace(task, name=f"{task.name}, shadow {shadow}", clients=clients), inside
+
+
+def order_of(trainings: Mapping[str, Training]) -> Sequence[Training]:
+    """Return trainings in the order in which to run them: those that others wait for first."""
+    return sorted(trainings.values(), key=lambda t: (t.shadow is not None, t.attack is not None))

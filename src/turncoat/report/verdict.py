@@ -1,0 +1,180 @@
+"""The verdict: for each seat what it can do, what the best defence leaves of it, at what cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from turncoat.report import words
+from turncoat.report.cost import Cost, costs, price
+from turncoat.report.pooled import Square, squares
+from turncoat.report.record import Record, read
+
+NO_PROOF = "that is no proof of safety"
+EQUALLY_GOOD = 0.02  # of success: below it, two defences are told apart by what they cost
+
+Matrix = Mapping[tuple[str, str, str], Square]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a dishonest holder of one seat achieves.
+
+    Attributes:
+        who: The seat in words.
+        state: Of the federation as it is: ``"open"`` if an attack beats its baseline, ``"held"``
+            if none does, ``"blocked"`` if none can be mounted, ``"failed"`` or ``"missing"``.
+        finding: The strongest attack on the federation as it is, in a sentence.
+        remedy: What the best defence tested leaves of it, and what that costs; may be empty.
+        strongest: That attack's square, if any was scored.
+        defence: The best defence tested, if one was called for.
+        left: The strongest attack that remains under it, if any was scored.
+    """
+
+    seat: str
+    who: str
+    state: str
+    finding: str
+    remedy: str = ""
+    strongest: Square | None = None
+    defence: str | None = None
+    left: Square | None = None
+
+    def __str__(self) -> str:
+        return " ".join(part for part in (self.finding, self.remedy) if part)
+
+
+def verdicts(folder: Path) -> list[Verdict]:
+    """Return one verdict for each seat that an attack of the plan sits at."""
+    record = read(folder)
+    return judge(record, squares(record), costs(record))
+
+
+def judge(record: Record, matrix: Matrix, prices: Mapping[str, Cost]) -> list[Verdict]:
+    """Return the verdicts of what was read already."""
+    seats = dict.fromkeys(seat for _, seat, _ in matrix if seat)
+    return [_judge(record, matrix, prices, seat) for seat in seats]
+
+
+def column(matrix: Matrix, seat: str, defence: str) -> list[Square]:
+    """Return all attacks at a seat against a defence."""
+    return [square for (_, s, d), square in matrix.items() if s == seat and d == defence]
+
+
+def strongest(found: Sequence[Square]) -> Square | None:
+    """Return the attack that went furthest: one that beat its baseline before one that did not."""
+    scored = [square for square in found if square.status == "scored"]
+    return max(scored, key=lambda square: (square.beats, square.success), default=None)
+
+
+def still_can(matrix: Matrix, seat: str, defence: str, but: str | None = None) -> str:
+    """Say what a seat can still do behind a defence that blocked one of its attacks."""
+    others = [s for s in column(matrix, seat, defence) if s.attack != but and s.status != "blocked"]
+    best, who = strongest(others), words.who(seat)
+    if best is None:
+        if not others:
+            return f"No other attack tried can be mounted by {_low(who)}; {NO_PROOF}."
+        return f"The other attacks of {_low(who)} gave no score, so what it can still do is unknown."
+    if best.beats:
+        return f"{who} can still mount {best.attack}: {best.short}."
+    return f"{who} can still mount {best.attack}, which does not beat its baseline: {best.short}."
+
+
+def _judge(record: Record, matrix: Matrix, prices: Mapping[str, Cost], seat: str) -> Verdict:
+    who, base = words.who(seat), record.defences[0]
+    if seat == "coalition" and record.plan.get("coalition"):
+        who = f"{who} ({record.plan['coalition']['text']})"
+    found = column(matrix, seat, base)
+    best = strongest(found)
+    failed = [s.attack for s in found if s.status == "failed"]
+    missing = [s.attack for s in found if s.status == "missing"]
+    asides = [f"{words.count(len(failed), 'attack')} failed to run ({words.listed(failed)})"] * bool(failed)
+    asides += [f"{words.count(len(missing), 'attack')} did not run yet ({words.listed(missing)})"] * bool(missing)
+    aside = f" Not judged: {' and '.join(asides)}." if asides else ""
+    if best is None:
+        if failed or missing:
+            state = "failed" if failed else "missing"
+            return Verdict(seat, who, state, f"{who}: not known.{aside}")
+        names = words.listed([s.attack for s in found])
+        text = f"{who} cannot mount any attack tried ({names}): all are blocked. Blocked is not safe."
+        return Verdict(seat, who, "blocked", text, _elsewhere(record, matrix, seat))
+    if not best.beats:
+        text = (
+            f"{who}: no attack tried beat its baseline; {NO_PROOF}. "
+            f"The nearest was {best.attack}: {best.short}.{aside}"
+        )
+        return Verdict(seat, who, "held", text, _elsewhere(record, matrix, seat), best)
+    defence, left, remedy = _best_defence(record, matrix, prices, seat, best)
+    return Verdict(seat, who, "open", _sentence(record, best, who) + aside, remedy, best, defence, left)
+
+
+def _sentence(record: Record, square: Square, who: str) -> str:
+    figure = square.headline
+    assert figure is not None
+    says = next(a.get("says") for a in record.plan["attacks"] if a["name"] == square.attack)
+    says = says or "{who} reaches {value} ({interval}; baseline {baseline})"
+    text = words.spoken(
+        says, who=who, value=figure.text, interval=figure.interval, baseline=figure.base
+    ).rstrip()
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def _best_defence(
+    record: Record, matrix: Matrix, prices: Mapping[str, Cost], seat: str, before: Square
+) -> tuple[str | None, Square | None, str]:
+    base = record.defences[0]
+    known = {
+        defence: strongest(column(matrix, seat, defence))
+        for defence in record.defences[1:]
+        if not any(s.status in ("failed", "missing") for s in column(matrix, seat, defence))
+    }
+    if not known:
+        if len(record.defences) == 1:
+            return None, None, "No defence was tested."
+        return None, None, "No defence was tested to the end against all attacks at this seat."
+
+    def leaves(square: Square | None) -> float:
+        return square.success if square else 0.0
+
+    least = min(leaves(square) for square in known.values())
+    as_good = [d for d, square in known.items() if leaves(square) <= least + EQUALLY_GOOD]
+    defence = max(as_good, key=lambda d: _quality(prices[d]))
+    left = known[defence]
+    if left is not None and leaves(left) >= before.success:
+        return None, None, "No defence tested makes the strongest attack at this seat weaker."
+    cost = price(prices[defence], prices[base], record.metric)
+    if left is None:
+        text = f"Best of the defences tested: {defence}. Every attack tried is blocked; {NO_PROOF}."
+    elif left.beats:
+        text = (
+            f"Best of the defences tested: {defence}. What is left still beats its baseline: "
+            f"{left.attack}, {left.short}."
+        )
+    else:
+        text = (
+            f"Best of the defences tested: {defence}. No attack tried beats its baseline; "
+            f"{NO_PROOF}. The nearest is {left.attack}: {left.short}."
+        )
+    return defence, left, f"{text} {cost}"
+
+
+def _quality(cost: Cost) -> float:
+    return cost.quality.value if cost.quality else float("-inf")
+
+
+def _elsewhere(record: Record, matrix: Matrix, seat: str) -> str:
+    """Warn of a defence that opens what the federation as it is does not."""
+    worse = [
+        square
+        for defence in record.defences[1:]
+        if (square := strongest(column(matrix, seat, defence))) is not None and square.beats
+    ]
+    if not worse:
+        return ""
+    most = max(worse, key=lambda square: square.success)
+    return f"But under {most.defence}, {most.attack} beats its baseline: {most.short}."
+
+
+def _low(text: str) -> str:
+    return text[:1].lower() + text[1:]

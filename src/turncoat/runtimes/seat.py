@@ -1,0 +1,155 @@
+"""The work of a seat: what one participant does in one round, wherever it is done.
+
+Pure functions of an address (seed, round, client): a process pool, another machine or a Flower
+client calls the same and gets the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from turncoat.coalition import Coalition
+from turncoat.federation import Federation
+from turncoat.messages import Clear, Envelope
+from turncoat.randomness import Randomness, ambient
+from turncoat.stage import Memory, call
+from turncoat.task import Task
+
+Cell = Mapping[str, Any]
+
+
+class AttackBroke(RuntimeError):
+    """A dishonest seat's own code raised: neither a success of the attack nor of a defence."""
+
+
+@dataclass(frozen=True)
+class Seats:
+    """Everything that is fixed for a run, for whoever does the work of its seats."""
+
+    federation: Federation[Any, Any]
+    task: Task
+    coalition: Coalition[Any] | None
+    seed: int
+
+    def train(
+        self, envelope: Envelope, start: Tensor, kept: Cell, *, traitor: bool
+    ) -> tuple[Clear, Cell]:
+        """Prepare and train at one client; return the payload and the next memory."""
+        t, c = envelope.round, envelope.sender
+        randomness, task = Randomness(self.seed), self.task
+        worn = self.coalition if traitor else None
+        prepare = (worn and worn.prepare) or self.federation.prepare
+        train = (worn and worn.train) or self.federation.train
+        with ambient(randomness.at("ambient", t, c)):
+            data = call(
+                prepare,
+                task.clients[c],
+                rng=randomness.at("prepare", t, c),
+                envelope=envelope,
+                model=task.model,
+                start=start,
+            )
+            memory: Memory[Any] = Memory(dict(kept))
+            payload = call(
+                train,
+                task.model,
+                start,
+                data,
+                rng=randomness.at("train", t, c),
+                memory=memory,
+                public=task.public,
+                envelope=envelope,
+            )
+        return payload, memory.cell
+
+    def forge(self, view: Any, kept: Cell, round: int) -> tuple[Sequence[Clear], Cell]:
+        """Return what the acting members send instead, one each, and the coalition's memory."""
+        assert self.coalition is not None and self.coalition.forge is not None
+        memory: Memory[Any] = Memory(dict(kept))
+        rng = Randomness(self.seed).at("forge", round)
+        try:
+            forged = call(self.coalition.forge, view, rng=rng, memory=memory)
+        except Exception as error:
+            raise AttackBroke(f"{self.coalition.forge!r} raised {_said(error)}") from error
+        if len(forged) != len(view.own):
+            raise AttackBroke(
+                f"{self.coalition.forge!r} forged {len(forged)} payloads "
+                f"for {len(view.own)} members"
+            )
+        return forged, memory.cell
+
+    def dress(
+        self, payload: Clear, envelope: Envelope, kept: Cell, *, traitor: bool
+    ) -> tuple[Any, Cell]:
+        """Pass a payload through the channel; return the message and the next memory."""
+        t, c = envelope.round, envelope.sender
+        randomness = Randomness(self.seed)
+        worn = self.coalition.channel if traitor and self.coalition else None
+        memory: Memory[Any] = Memory(dict(kept))
+        message = call(
+            worn or self.federation.channel,
+            payload,
+            rng=randomness.at("channel", t, c),
+            envelope=envelope,
+            memory=memory,
+            pairwise=_pairwise(randomness, t, c),
+            model=self.task.model,
+        )
+        return message, memory.cell
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one client does in one round."""
+
+    client: int
+    traitor: bool
+    kept: Cell
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of a job: a payload and the next memory, or the reason why there is none."""
+
+    payload: Any
+    kept: Cell
+    fault: str | None = None
+
+
+def attempt(seats: Seats, envelope: Envelope, start: Tensor, job: Job) -> Done:
+    """Do a client's job. What an honest client raises is its fault; an attacker's is the attack's.
+
+    A payload that is unfit to be sent is a fault too: it is found before it is dressed.
+    """
+    try:
+        payload, kept = seats.train(envelope, start, job.kept, traitor=job.traitor)
+    except Exception as error:
+        if job.traitor and seats.coalition and (seats.coalition.prepare or seats.coalition.train):
+            raise AttackBroke(f"client {job.client}'s attack raised {_said(error)}") from error
+        return Done(None, job.kept, f"raised {_said(error)}")
+    kind = seats.federation.trains
+    if not isinstance(payload, kind):
+        raise TypeError(
+            f"{seats.federation.train!r} is annotated {kind.__name__} but gave {payload!r}"
+        )
+    fault = payload.fault(start)
+    return Done(None if fault else payload, kept if fault is None else job.kept, fault)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _pairwise(randomness: Randomness, round: int, me: int) -> Callable[[int], Generator]:
+    """Return what stands for key agreement: the same stream at both ends, fresh each round."""
+    return lambda peer: randomness.at("pair", round, min(me, peer), max(me, peer))
+
+
+def one_thread() -> None:
+    """Compute with one thread: the order of a sum, and so its bits, depends on their number."""
+    torch.set_num_threads(1)

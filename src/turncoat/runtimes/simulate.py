@@ -1,0 +1,416 @@
+"""Run a federation in this process, or in several that share the matrix of payloads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turncoat.coalition import Coalition, check_members, check_worn
+from turncoat.federation import Federation
+from turncoat.messages import Envelope, Summable
+from turncoat.randomness import Randomness
+from turncoat.runtimes.pool import Workers
+from turncoat.runtimes.saved import Role, State
+from turncoat.runtimes.seat import Job, Seats
+from turncoat.runtimes.seen import coalition_view, views_of_round
+from turncoat.stage import (
+    Broadcast,
+    Memory,
+    Plan,
+    Trace,
+    asks,
+    call,
+    code_of,
+    matches,
+    streams,
+    within,
+)
+from turncoat.task import Task
+
+_BLOCK = 64  # clients whose payloads are held at once, where the rule takes one at a time
+
+
+class TooFewClients(RuntimeError):
+    """A round was left with fewer sound messages than the federation asks for."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Which views to keep: an annotation, and the rounds (None: all of them)."""
+
+    need: Any
+    rounds: frozenset[int] | None = None
+
+    def keeps(self, round: int, kind: Any) -> bool:
+        return (self.rounds is None or round in self.rounds) and matches(kind, self.need)
+
+
+@dataclass(frozen=True, slots=True)
+class Incident:
+    """Something that went wrong in a round and was survived. ``client`` is None for all of it."""
+
+    round: int
+    client: int | None
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """The log of one round.
+
+    Attributes:
+        num_bytes: What one client sent and received, on average. Headers are left out.
+        aborted: Whether the state stayed as it was.
+    """
+
+    round: int
+    cohort: tuple[int, ...]
+    seconds: float
+    bytes_up: int
+    bytes_down: int
+    incidents: tuple[Incident, ...] = ()
+    aborted: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is left of a run: its last state, its log, and the views someone asked to keep."""
+
+    federation: Federation[Any, Any]
+    task: Task
+    state: State
+    views: tuple[tuple[Any, Any], ...] = field(repr=False)  # (type, view), in order of rounds
+    log: tuple[Played, ...] = field(default=(), repr=False)
+
+    def seen(self, need: Any) -> list[Any]:
+        """Return the kept views that satisfy an annotation, first round first."""
+        return [view for kind, view in self.views if matches(kind, need)]
+
+
+def simulate(
+    federation: Federation[Any, Any],
+    task: Task,
+    *,
+    num_rounds: int,
+    seed: int,
+    coalition: Coalition[Any] | None = None,
+    server: Broadcast | None = None,
+    watch: Sequence[Watch] = (),
+    num_processes: int = 1,
+    device: str = "cpu",
+    state: State | None = None,
+    until: int | None = None,
+    on_round: Callable[[State, Played], None] | None = None,
+) -> Run:
+    """Run rounds until ``num_rounds`` are done; only views that match ``watch`` are kept.
+
+    The bits of the result depend on the seed alone: neither on ``num_processes`` nor on whether
+    the run was resumed. They do depend on the device.
+
+    Args:
+        server: What a malicious server sends instead of the federation's broadcast.
+        num_processes: Worker processes of one thread each; on a GPU there is none.
+        state: Where to go on, from an earlier run with the same other arguments.
+        until: Stop before this round, though the run was planned for ``num_rounds``.
+        on_round: Called after each round, with the new state and the round's log.
+
+    Raises:
+        TooFewClients: If a round is left with fewer sound messages than ``min_clients``.
+    """
+    place = torch.device(device)
+    randomness = Randomness(seed)
+    federation = federation.planned(Plan(num_rounds, task.sizes))
+    if coalition is not None:
+        check_worn(federation, coalition)
+        check_members(coalition, len(task.clients), randomness)
+    if place.type != "cpu":
+        task, num_processes = task.to(place), 1
+    seats, views, log = Seats(federation, task, coalition, seed), list[tuple[Any, Any]](), []
+    with one_thread(), Workers(seats, num_processes) as workers:
+        if state is None:
+            first = call(federation.begin, task, rng=randomness.at("begin"))
+            state = State(0, first.to(place))
+        while state.round < (num_rounds if until is None else until):
+            state, played, seen = _Round(seats, server, workers, state, watch).play()
+            views += seen
+            log.append(played)
+            if on_round is not None:
+                on_round(state, played)
+    return Run(federation, task, state, tuple(views), tuple(log))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread: the order of a sum, and so its bits, depends on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def cohorts(
+    federation: Federation[Any, Any], num_clients: int, *, num_rounds: int, seed: int
+) -> list[tuple[int, ...]]:
+    """Return who takes part in each round. It follows from the seed, so no round need be run."""
+    return [cohort_of(federation, num_clients, t, Randomness(seed)) for t in range(num_rounds)]
+
+
+def cohort_of(
+    federation: Federation[Any, Any], num_clients: int, round: int, randomness: Randomness
+) -> tuple[int, ...]:
+    chosen: tuple[int, ...] = call(
+        federation.sample, num_clients, rng=randomness.at("sample", round)
+    )
+    return chosen
+
+
+class _Round:
+    """One round: broadcast, prepare, train, forge, dress, aggregate."""
+
+    def __init__(
+        self,
+        seats: Seats,
+        server: Broadcast | None,
+        workers: Workers,
+        state: State,
+        watch: Sequence[Watch],
+    ) -> None:
+        self.seats, self.state, self.workers = seats, state, workers
+        self.federation, self.task, self.coalition = seats.federation, seats.task, seats.coalition
+        self.randomness = Randomness(seats.seed)
+        self.round, self.before = state.round, state.params
+        self.memory: dict[Role, Mapping[str, Any]] = dict(state.memory)
+        self.incidents: list[Incident] = []
+        self.num_sent = self.bytes_up = 0
+        self.cohort = cohort_of(
+            self.federation, len(self.task.clients), self.round, self.randomness
+        )
+        self.watch = [w for w in watch if w.rounds is None or self.round in w.rounds]
+        coalition = self.coalition
+        acting = (
+            coalition.acting(len(self.task.clients), self.round, self.randomness)
+            if coalition
+            else frozenset[int]()
+        )
+        self.traitors = frozenset(acting & set(self.cohort))
+        self.starts = self._broadcast(server)
+        # filled only where someone looks: a round that streams holds no message
+        self.payloads: dict[int, Any] = {}
+        self.messages: list[Any] = []
+
+    def play(self) -> tuple[State, Played, list[tuple[Any, Any]]]:
+        began = time.perf_counter()
+        trace = Trace()
+        sent = self._stream() if self._streams else iter(self._together())
+        step = self._aggregate(sent, trace)
+        aborted = step is None and bool(self.cohort)
+        after = self.before if step is None else self.before + step
+        if not bool(torch.isfinite(after).all()):
+            self._note(None, "the step was not finite: the round was aborted")
+            after, aborted = self.before, True
+        seen = self._seen(after, trace)
+        played = Played(
+            self.round,
+            self.cohort,
+            time.perf_counter() - began,
+            self.bytes_up // max(self.num_sent, 1),
+            self.before.numel() * 4,
+            tuple(self.incidents),
+            aborted,
+        )
+        return State(self.round + 1, after, self.memory), played, seen
+
+    @property
+    def _streams(self) -> bool:
+        """Whether nobody needs to hold all messages: no rule, no forger, no channel, no watcher."""
+        forges = self.coalition is not None and self.coalition.forge is not None
+        paired = self._is_paired
+        return streams(self.federation.aggregate) and not (forges or paired or self.watch)
+
+    @property
+    def _is_paired(self) -> bool:
+        """Whether the channel binds a client to its peers, so that one who drops is missed."""
+        return any("pairwise" in asks(code_of(s))[0] for s in within(self.federation.channel))
+
+    def _broadcast(self, server: Broadcast | None) -> dict[int, Tensor]:
+        stage = server or self.federation.broadcast
+        return {
+            c: call(
+                stage,
+                self.before,
+                rng=self.randomness.at("broadcast", self.round, c),
+                model=self.task.model,
+                envelope=Envelope(c, self.cohort, self.round),
+            )
+            for c in self.cohort
+        }
+
+    def _train(self, clients: Sequence[int]) -> dict[int, Any]:
+        """Train these clients; return the sound payloads, and note who sent none."""
+        worn = self.coalition is not None and self.coalition.train is not None
+        roles = {c: ("worn train" if worn and c in self.traitors else "train", c) for c in clients}
+        jobs = [Job(c, c in self.traitors, self.memory.get(roles[c], {})) for c in clients]
+        payloads = {}
+        done = self.workers(self.round, self.cohort, jobs, self.starts)
+        for c, d in zip(clients, done, strict=True):
+            if d.fault is not None:
+                self._note(c, d.fault)
+                continue
+            payloads[c] = d.payload
+            self._remember(roles[c], d.kept)
+        return payloads
+
+    def _together(self) -> list[Any]:
+        """Return all messages of the round at once; none if it had to be aborted."""
+        payloads = self._train(self.cohort)
+        if self.watch:
+            payloads = {c: replace(p, delta=p.delta.clone()) for c, p in payloads.items()}
+        payloads = self._forge(payloads)
+        cohort = self.cohort
+        if self._is_paired and len(payloads) < len(cohort):
+            needed = next(
+                (
+                    s.recovers_from
+                    for s in within(self.federation.channel)
+                    if getattr(s, "recovers_from", None) is not None
+                ),
+                None,
+            )
+            if needed is None or len(payloads) < needed:
+                why = (
+                    f"{self.federation.channel!r} does not recover from dropouts"
+                    if needed is None
+                    else f"{self.federation.channel!r} recovers from {needed} clients on"
+                )
+                missing = len(cohort) - len(payloads)
+                self._note(None, f"{missing} clients dropped out and {why}: the round was aborted")
+                return []
+            cohort = tuple(payloads)
+        dressed = {c: self._dress(c, p, cohort) for c, p in payloads.items()}
+        self.payloads = {c: p for c, p in payloads.items() if dressed[c] is not None}
+        self.messages = [dressed[c] for c in self.payloads]
+        if self._is_paired and len(self.messages) < len(payloads):
+            self._note(None, "a client dropped out after keys were agreed: the round was aborted")
+            self.payloads, self.messages = {}, []
+        return self.messages
+
+    def _forge(self, payloads: dict[int, Any]) -> dict[int, Any]:
+        coalition, traitors = self.coalition, [c for c in payloads if c in self.traitors]
+        if coalition is None or coalition.forge is None or not traitors:
+            return payloads
+        view = coalition_view(
+            self.federation, coalition, self.round, self.before, self.task, payloads, traitors
+        )
+        forged, kept = self.seats.forge(view, self.memory.get(("forge", -1), {}), self.round)
+        self._remember(("forge", -1), kept)
+        payloads = payloads | dict(zip(traitors, forged, strict=True))
+        for c in traitors:
+            if fault := payloads[c].fault(self.before):
+                self._note(c, fault)
+                del payloads[c]
+        return payloads
+
+    def _stream(self) -> Iterator[Any]:
+        """Yield messages as they come; only a block of payloads is held at a time."""
+        for first in range(0, len(self.cohort), _BLOCK):
+            for c, payload in self._train(self.cohort[first : first + _BLOCK]).items():
+                if (message := self._dress(c, payload, self.cohort)) is not None:
+                    yield message
+
+    def _dress(self, client: int, payload: Any, cohort: tuple[int, ...]) -> Any:
+        traitor = client in self.traitors
+        worn = traitor and self.coalition is not None and self.coalition.channel is not None
+        role = ("worn channel" if worn else "channel", client)
+        envelope = Envelope(client, cohort, self.round)
+        try:
+            message, kept = self.seats.dress(
+                payload, envelope, self.memory.get(role, {}), traitor=traitor
+            )
+        except Exception as error:
+            self._note(client, f"raised {type(error).__name__}: {error}")
+            return None
+        sends = self.federation.sends
+        if not isinstance(message, sends):
+            raise TypeError(
+                f"{self.federation.channel!r} is annotated {sends.__name__} but gave {message!r}"
+            )
+        self._remember(role, kept)
+        self.num_sent += 1
+        self.bytes_up += getattr(message, "num_bytes", 0)
+        return message
+
+    def _aggregate(self, messages: Iterator[Any], trace: Trace) -> Tensor | None:
+        """Return the step of the rule, or None if the round has none to make."""
+        rule, federation = self.federation.aggregate, self.federation
+        noisy = any(hasattr(s, "event") for s in within(rule))
+        first = next(messages, None)
+        if first is None and self._was_aborted:
+            return None
+        if first is None and self.cohort:
+            self._too_few()
+        if first is None and not noisy:
+            return None
+        whole = messages if first is None else chain([first], messages)
+        role = ("aggregate", -1)
+        memory: Memory[Any] = Memory(dict(self.memory.get(role, {})))
+        total = call(
+            rule,
+            whole if streams(rule) else list(whole),
+            rng=self.randomness.at("aggregate", self.round),
+            memory=memory,
+            model=self.task.model,
+            before=self.before,
+            cohort=tuple(self.payloads) if self.payloads else self.cohort,
+            public=self.task.public,
+            trace=trace,
+        )
+        if self.cohort and self.num_sent < federation.min_clients:
+            self._too_few()
+        self._remember(role, memory.cell)
+        step: Tensor = federation.opener.open(total) if isinstance(total, Summable) else total
+        return step
+
+    @property
+    def _was_aborted(self) -> bool:
+        return any(i.client is None for i in self.incidents)
+
+    def _too_few(self) -> None:
+        why = "; ".join(f"client {i.client} {i.what}" for i in self.incidents[:3])
+        raise TooFewClients(
+            f"round {self.round}: {self.num_sent} of {len(self.cohort)} clients sent a sound "
+            f"message, {self.federation.min_clients} are needed ({why}): mend the clients, sample "
+            "more, or lower min_clients"
+        )
+
+    def _seen(self, after: Tensor, trace: Trace) -> list[tuple[Any, Any]]:
+        if not self.watch:
+            return []
+        views = views_of_round(
+            self.federation,
+            self.task,
+            self.round,
+            self.before,
+            after,
+            tuple(self.payloads),
+            self.starts,
+            self.payloads,
+            self.messages,
+            trace,
+        )
+        return [(k, v) for k, v in views if any(w.keeps(self.round, k) for w in self.watch)]
+
+    def _note(self, client: int | None, what: str) -> None:
+        self.incidents.append(Incident(self.round, client, what))
+
+    def _remember(self, role: Role, kept: Mapping[str, Any]) -> None:
+        if kept:
+            self.memory[role] = kept

@@ -1,0 +1,241 @@
+"""Local training with example-level differential privacy."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import exp, log
+from typing import Any
+
+import dp_accounting
+import torch
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
+from opacus.grad_sample import GradSampleHooks
+from scipy.optimize import brentq
+from torch import Generator, Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from turncoat.messages import Update
+from turncoat.privacy import Unit
+from turncoat.stage import Plan
+from turncoat.task import Batch, Learner, Model
+from turncoat.validate import at_least, exactly_one, positive
+
+_EXAMPLES = 64  # whose gradients are held at a time
+_ORDERS = (*range(2, 33), 64, 128, 256, 512)  # of Rényi's divergence; whole ones are quick
+_TOLERANCE = 1e-3  # of the logarithm of the noise multiplier
+
+
+@dataclass(frozen=True)
+class DPSGD:
+    """Clip each example's gradient, add Gaussian noise, step [1]_.
+
+    Formal guarantee: one round is ``num_steps`` Poisson-sampled Gaussian mechanisms, and rounds
+    compose, for neighbours that differ by one example added or removed. Nothing is gained from
+    sampling clients. How many examples a client has is taken as public, as the sampling rate
+    follows from it. The criterion must be a mean over examples, and is checked for it.
+
+    Differs from the paper: sums are divided by the expected batch, so that the denominator says
+    nothing of who was drawn; ``momentum`` works on the noisy gradients, which costs no privacy;
+    noise is float32, which the theorem's real numbers are not.
+
+    Args:
+        max_norm: What each example's gradient is shortened to: C.
+        expected_batch: The expected number of examples in a step; also the weight sent, whatever
+            the client holds.
+        noise_multiplier: The noise's standard deviation in units of ``max_norm``.
+        target_epsilon: Instead: what the whole training may cost the smallest client, at
+            ``delta``. The plan of the training then settles the noise.
+        num_steps: Steps a round; or
+        num_epochs: as many as draw each example so often in expectation, at a rate of one over
+            the steps of an epoch. One epoch where neither is given.
+
+    .. [1] Abadi et al., CCS 2016, algorithm 1. https://arxiv.org/abs/1607.00133
+    """
+
+    lr: float
+    max_norm: float
+    expected_batch: int
+    noise_multiplier: float | None = None
+    target_epsilon: float | None = None
+    delta: float | None = None
+    num_steps: int | None = None
+    num_epochs: int | None = None
+    momentum: float = 0.0
+    unit = Unit.RECORD
+
+    def __post_init__(self) -> None:
+        positive(self, lr=self.lr, max_norm=self.max_norm, target_epsilon=self.target_epsilon)
+        at_least(1, self, expected_batch=self.expected_batch)
+        at_least(1, self, num_steps=self.num_steps, num_epochs=self.num_epochs)
+        at_least(0, self, noise_multiplier=self.noise_multiplier)
+        exactly_one(
+            self, noise_multiplier=self.noise_multiplier, target_epsilon=self.target_epsilon
+        )
+        if (self.target_epsilon is None) != (self.delta is None):
+            raise ValueError("DPSGD: target_epsilon and delta belong together; give both or none")
+        if self.delta is not None and not 0 < self.delta < 1:
+            raise ValueError(f"DPSGD: delta must be between 0 and 1; it is {self.delta}")
+        if self.num_steps is not None and self.num_epochs is not None:
+            raise ValueError("DPSGD: give num_steps or num_epochs, not both")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(
+                f"DPSGD: momentum must be at least 0 and below 1; it is {self.momentum}"
+            )
+
+    def __call__(self, model: Model, start: Tensor, data: Batch, *, rng: Generator) -> Update:
+        sigma = self._sigma()
+        inputs, labels = data
+        rate, num_steps = self.schedule(len(labels))
+        expected = max(rate * len(labels), 1.0)
+        refuse_coupled_examples(model)
+        if len(labels) > 1:
+            _refuse_coupled_loss(model, start, data)
+        learner = model.learner(start)
+        here, velocity = learner.trainable, torch.zeros_like(learner.trainable)
+        with _per_example(model.module):
+            for _ in range(num_steps):
+                draw = torch.rand(len(labels), generator=rng, dtype=torch.float64) < rate
+                noise = torch.randn(here.shape, generator=rng).to(here.device)
+                chosen = draw.nonzero().flatten().to(inputs.device)
+                total = clipped_sum(model, learner, (inputs[chosen], labels[chosen]), self.max_norm)
+                total.add_(noise, alpha=sigma * self.max_norm)
+                velocity.mul_(self.momentum).add_(total, alpha=1 / expected)
+                with torch.no_grad():
+                    here.add_(velocity, alpha=-self.lr)
+        return Update(learner.finish().sub_(start), float(self.expected_batch))
+
+    def schedule(self, num_records: int) -> tuple[float, int]:
+        """Return at what rate examples are drawn, and how many steps a round has."""
+        if self.num_steps is not None:
+            return min(1.0, self.expected_batch / max(num_records, 1)), self.num_steps
+        an_epoch = max(1, -(-num_records // self.expected_batch))
+        return 1 / an_epoch, an_epoch * (self.num_epochs or 1)
+
+    def event(self, num_records: int) -> dp_accounting.DpEvent:
+        """Return what one round costs a client with so many records; with more it costs less."""
+        return _event(self._sigma(), *self.schedule(num_records))
+
+    def planned(self, plan: Plan) -> DPSGD:
+        """Return it with the least noise that keeps the target for the smallest client."""
+        if self.target_epsilon is None or self.delta is None:
+            return self
+        smallest = min((size for size in plan.sizes if size), default=1)
+        rate, num_steps = self.schedule(smallest)
+        sigma = noise_for(self.target_epsilon, self.delta, rate, num_steps * plan.num_rounds)
+        return replace(self, noise_multiplier=sigma, target_epsilon=None, delta=None)
+
+    def _sigma(self) -> float:
+        if self.noise_multiplier is None:
+            raise ValueError(
+                f"{self!r} has a target and no noise yet: fit it to the training first, by "
+                "federation.planned(Plan(num_rounds, sizes))"
+            )
+        return self.noise_multiplier
+
+
+@lru_cache(maxsize=256)
+def noise_for(epsilon: float, delta: float, rate: float, num_steps: int) -> float:
+    """Return the least noise multiplier, to about 1 %, that spends ``epsilon`` at most in all steps.
+
+    By privacy loss distributions, rounded to the safe side; Rényi's bound, loose but quick, is
+    where the search begins.
+    """
+
+    def spent(sigma: float, accountant: Any) -> float:
+        cost: float = accountant.compose(_event(sigma, rate, num_steps)).get_epsilon(delta)
+        return cost
+
+    def excess(log_sigma: float) -> float:
+        accountant = PLDAccountant(value_discretization_interval=1e-3)
+        return log(spent(exp(log_sigma), accountant) / epsilon)
+
+    high = 1.0
+    while spent(high, RdpAccountant(_ORDERS)) > epsilon:
+        high *= 1.5
+    high = low = log(high)
+    while excess(low) <= 0:
+        high, low = low, low - 0.4
+    root: float = brentq(excess, low, high, xtol=_TOLERANCE)
+    return exp(root + _TOLERANCE)  # the root is no further off, and more noise costs less
+
+
+def clipped_sum(model: Model, learner: Learner, data: Batch, max_norm: float) -> Tensor:
+    """Return the sum of the examples' gradients, each shortened to ``max_norm`` at most.
+
+    The learner's module must wear Opacus' hooks. Shape: ``(num_trainable,)``.
+    """
+    total = torch.zeros_like(learner.trainable)
+    slots = {s.name: slice(s.start, s.stop) for s in model.layout.slots}
+    for inputs, labels in zip(*(torch.split(part, _EXAMPLES) for part in data), strict=True):
+        if not len(labels):  # an empty draw; its noise is released all the same
+            continue
+        learner.backward((inputs, labels))
+        parts: list[tuple[slice, Tensor]] = []
+        for name, parameter in model.module.named_parameters():
+            sample: Any = getattr(parameter, "grad_sample", None)
+            if sample is not None:
+                parts.append((slots[name], sample.flatten(1)))
+                parameter.grad_sample = None  # type: ignore[attr-defined]
+        norms = torch.stack([torch.linalg.vector_norm(g, dim=1) for _, g in parts]).norm(dim=0)
+        factors = (max_norm / norms.clamp(min=1e-12)).clamp(max=1.0)
+        for where, gradients in parts:
+            total[where] += factors @ gradients
+    return total
+
+
+def refuse_coupled_examples(model: Model) -> None:
+    """Refuse layers that mix the examples of a batch, or remember them outside the parameters."""
+    for name, layer in model.module.named_modules():
+        if isinstance(layer, _BatchNorm) or any(True for _ in layer.buffers(recurse=False)):
+            kind = type(layer).__name__
+            why = (
+                "mixes the examples of a batch" if isinstance(layer, _BatchNorm) else "has buffers"
+            )
+            raise ValueError(
+                f"DPSGD has no guarantee for layer {name!r} ({kind}): it {why}, which no clipping "
+                "of gradients bounds; use a model without, such as one with GroupNorm"
+            )
+
+
+def _refuse_coupled_loss(model: Model, start: Tensor, data: Batch) -> None:
+    """Refuse a criterion that is no mean over examples: per-example gradients are not its parts."""
+    ends = torch.tensor([0, len(data[1]) - 1], device=data[1].device)
+    with torch.no_grad():
+        labels, outputs = data[1][ends], model.logits(start, data[0][ends])
+        both = model.criterion(outputs, labels)
+        each = [model.criterion(outputs[i : i + 1], labels[i : i + 1]) for i in range(2)]
+    if not torch.allclose(both, (each[0] + each[1]) / 2, rtol=1e-3, atol=1e-5, equal_nan=True):
+        raise ValueError(
+            f"DPSGD has no guarantee for {model.criterion!r}: its value for two examples is not "
+            "the mean of its values for each; use a criterion that averages over examples"
+        )
+
+
+@contextmanager
+def _per_example(module: nn.Module) -> Iterator[None]:
+    """Let every backward pass leave one gradient for each example, as ``grad_sample``."""
+    hooks = GradSampleHooks(module, loss_reduction="mean")
+    try:
+        with warnings.catch_warnings():  # inputs need no gradient: torch warns, Opacus copes
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            yield
+    finally:
+        hooks.cleanup()
+        for layer in module.modules():  # left over where a pass did not reach its end
+            for name in ("activations", "max_batch_len"):
+                if name in vars(layer):
+                    delattr(layer, name)
+
+
+def _event(sigma: float, rate: float, num_steps: int) -> dp_accounting.DpEvent:
+    if not sigma:
+        return dp_accounting.NonPrivateDpEvent()
+    step = dp_accounting.GaussianDpEvent(sigma)
+    if rate < 1:
+        step = dp_accounting.PoissonSampledDpEvent(rate, step)
+    return dp_accounting.SelfComposedDpEvent(step, num_steps)

@@ -1,0 +1,218 @@
+"""Architectures: hyper-parameters that build a network for any shape of data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from typing import Literal, Protocol
+
+from torch import Tensor, nn
+from torch.nn.functional import relu
+
+from turncoat.validate import at_least
+
+Activation = Literal["relu", "tanh", "sigmoid"]
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
+
+
+class Architecture(Protocol):
+    """Builds a network from the shape of one example, without the batch axis, to its logits."""
+
+    def __call__(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module: ...
+
+
+@dataclass(frozen=True)
+class Built:
+    """An architecture with its sizes filled in: what ``Model(build=...)`` wants.
+
+    >>> Built(MLP(hidden=(8,)), (30,), 2)()[1]
+    Linear(in_features=30, out_features=8, bias=True)
+    """
+
+    architecture: Architecture
+    input_shape: tuple[int, ...]
+    num_classes: int
+
+    def __call__(self) -> nn.Module:
+        return self.architecture(self.input_shape, self.num_classes)
+
+
+@dataclass(frozen=True)
+class MLP:
+    """Fully connected layers on the flattened input; ``hidden = ()`` is multinomial regression."""
+
+    hidden: tuple[int, ...] = (64,)
+    activation: Activation = "relu"
+
+    def __post_init__(self) -> None:
+        for size in self.hidden:
+            at_least(1, self, hidden=size)
+        _known(self, self.activation)
+
+    def __call__(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+        sizes = (prod(input_shape), *self.hidden)
+        layers: list[nn.Module] = [nn.Flatten()]
+        for before, after in pairwise(sizes):
+            layers += [nn.Linear(before, after), _ACTIVATIONS[self.activation]()]
+        return nn.Sequential(*layers, nn.Linear(sizes[-1], num_classes))
+
+
+@dataclass(frozen=True)
+class LeNet5:
+    """Two convolutions with average pooling, three dense layers [1]_: 61,706 parameters on MNIST.
+
+    Below 16 pixels a side the kernels are 3x3 and padded: LeNet-5 scaled to 8x8 (19,754).
+
+    Differs from the paper: the second convolution reads all maps of the first, pooling has no
+    weights, the last layer is linear, and ``"tanh"`` is the plain one. A ``"sigmoid"`` net is
+    smooth, which gradient inversion wants, and hardly learns from the usual initialisation.
+
+    .. [1] LeCun et al., Proc. IEEE 1998, section II.B.
+    """
+
+    activation: Activation = "relu"
+
+    def __post_init__(self) -> None:
+        _known(self, self.activation)
+
+    def __call__(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+        channels, height, width = _image(self, input_shape, smallest=8)
+        small = min(height, width) < 16
+        kernel, first, second = (3, 1, 1) if small else (5, 2 if min(height, width) < 32 else 0, 0)
+
+        def left(side: int) -> int:
+            side = (side + 2 * first - kernel + 1) // 2
+            return (side + 2 * second - kernel + 1) // 2
+
+        act = _ACTIVATIONS[self.activation]
+        return nn.Sequential(
+            *(nn.Conv2d(channels, 6, kernel, padding=first), act(), nn.AvgPool2d(2)),
+            *(nn.Conv2d(6, 16, kernel, padding=second), act(), nn.AvgPool2d(2)),
+            *(nn.Flatten(), nn.Linear(16 * left(height) * left(width), 120), act()),
+            *(nn.Linear(120, 84), act(), nn.Linear(84, num_classes)),
+        )
+
+
+@dataclass(frozen=True)
+class ConvNet:
+    """3x3 convolutions and one dense layer: small, and smooth unless ``"relu"``.
+
+    Args:
+        widths: Channels after each convolution.
+        strides: How far each convolution steps; one number for each of ``widths``.
+    """
+
+    widths: tuple[int, ...] = (16, 32)
+    strides: tuple[int, ...] = (2, 2)
+    activation: Activation = "relu"
+
+    def __post_init__(self) -> None:
+        if len(self.widths) != len(self.strides):
+            raise ValueError(
+                f"ConvNet: widths has {len(self.widths)} entries and strides has "
+                f"{len(self.strides)}: give one stride for each width"
+            )
+        for width, stride in zip(self.widths, self.strides, strict=True):
+            at_least(1, self, widths=width, strides=stride)
+        _known(self, self.activation)
+
+    def __call__(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+        channels, height, width = _image(self, input_shape, smallest=1)
+        layers: list[nn.Module] = []
+        for after, stride in zip(self.widths, self.strides, strict=True):
+            layers.append(nn.Conv2d(channels, after, 3, stride=stride, padding=1))
+            layers.append(_ACTIVATIONS[self.activation]())
+            channels, height, width = after, -(-height // stride), -(-width // stride)
+        return nn.Sequential(
+            *layers, nn.Flatten(), nn.Linear(channels * height * width, num_classes)
+        )
+
+
+@dataclass(frozen=True)
+class ResNet:
+    """The narrow residual network of 6n + 2 layers [1]_, here with group normalisation [2]_.
+
+    Batch statistics would mix the records of a client, and differ between clients: per-example
+    gradients, and so DP-SGD, need a norm without them.
+
+    Differs from the paper: GroupNorm in place of BatchNorm; shortcuts that change the shape are
+    1x1 convolutions.
+
+    .. [1] He et al., CVPR 2016, section 4.2. https://arxiv.org/abs/1512.03385
+    .. [2] Wu and He, ECCV 2018. https://arxiv.org/abs/1803.08494
+    """
+
+    depth: int = 8
+    width: int = 16
+    num_groups: int = 8
+
+    def __post_init__(self) -> None:
+        if self.depth < 8 or self.depth % 6 != 2:
+            raise ValueError(f"ResNet: depth must be 6n + 2, as 8, 14, 20; it is {self.depth}")
+        at_least(1, self, width=self.width, num_groups=self.num_groups)
+        if self.width % self.num_groups:
+            raise ValueError(
+                f"ResNet: num_groups must divide width; they are {self.num_groups} and {self.width}"
+            )
+
+    def __call__(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+        channels, _, _ = _image(self, input_shape, smallest=4)
+        layers: list[nn.Module] = [
+            nn.Conv2d(channels, self.width, 3, padding=1, bias=False),
+            nn.GroupNorm(self.num_groups, self.width),
+            nn.ReLU(),
+        ]
+        before = self.width
+        for stage in range(3):
+            for block in range((self.depth - 2) // 6):
+                after = self.width << stage
+                stride = 2 if stage and not block else 1
+                layers.append(_Residual(before, after, stride, self.num_groups))
+                before = after
+        return nn.Sequential(
+            *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, num_classes)
+        )
+
+
+class _Residual(nn.Module):
+    """Two convolutions beside a shortcut."""
+
+    def __init__(self, before: int, after: int, stride: int, num_groups: int) -> None:
+        super().__init__()
+        self.inside = nn.Sequential(
+            nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False),
+            nn.GroupNorm(num_groups, after),
+            nn.ReLU(),
+            nn.Conv2d(after, after, 3, padding=1, bias=False),
+            nn.GroupNorm(num_groups, after),
+        )
+        same = before == after and stride == 1
+        self.shortcut: nn.Module = nn.Identity()
+        if not same:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(before, after, 1, stride=stride, bias=False),
+                nn.GroupNorm(num_groups, after),
+            )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return relu(self.inside(inputs) + self.shortcut(inputs))
+
+
+def _known(owner: object, activation: str) -> None:
+    if activation not in _ACTIVATIONS:
+        raise ValueError(
+            f"{type(owner).__name__}: activation must be one of {', '.join(_ACTIVATIONS)}; "
+            f"it is {activation!r}"
+        )
+
+
+def _image(owner: object, shape: tuple[int, ...], smallest: int) -> tuple[int, int, int]:
+    if len(shape) != 3 or min(shape[1:]) < smallest:
+        raise ValueError(
+            f"{type(owner).__name__} needs images of shape (channels, height, width), at least "
+            f"{smallest} pixels a side; an example here has shape {shape}: choose another model, "
+            "as MLP"
+        )
+    return shape[0], shape[1], shape[2]

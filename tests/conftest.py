@@ -1,0 +1,17 @@
+import os
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+
+from turncoat.task import Task
+from turncoat.tasks.bundled import digits
+from turncoat.tasks.models import MLP
+
+
+@pytest.fixture(scope="session")
+def task() -> Task:
+    """Eight clients with 112 digits each, and a net that trains in no time."""
+    torch.set_num_threads(1)
+    return digits(8, model=MLP((32,)))
