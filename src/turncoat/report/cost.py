@@ -51,7 +51,8 @@ def done(trainings: Sequence[Row]) -> dict[int, float]:
 
 
 def _cost(record: Record, defence: str, mine: Sequence[Row], base: Sequence[Row]) -> Cost:
-    num_test = record.plan["task"].get("num_test")
+    task = record.plan["task"]
+    num_test = task.get("num_shown") or task.get("num_test")
     ends, before = done(mine), done(base)
     error = next((str(t.get("error")) for t in mine if t.get("status") == "failed"), None)
     if not ends:
@@ -103,9 +104,10 @@ def _mean(values: Sequence[float]) -> float | None:
 def price(cost: Cost, base: Cost, metric: str) -> str:
     """Say in a sentence what a defence costs.
 
-    >>> was = Cost("none", Figure("accuracy", 0.97), seconds=0.1)
-    >>> price(Cost("dp", Figure("accuracy", 0.93), Figure("accuracy", -0.04), 0.2), was, "accuracy")
-    'It costs 4.0 points of accuracy (93.0 % instead of 97.0 %) and makes a round 2.0 times as long.'
+    >>> was = Cost("none", Figure("accuracy", 0.97))
+    >>> now = Cost("dp", Figure("accuracy", 0.93), change=Figure("accuracy", -0.04))
+    >>> price(now, was, "accuracy")
+    'It costs 4.0 points of accuracy (93.0 % instead of 97.0 %).'
     """
     if cost.quality is None:
         return "What it costs is unknown: its clean training did not finish."

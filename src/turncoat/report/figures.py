@@ -30,7 +30,8 @@ MOST_BARS = 40
 MOST_CLASSES = 12
 FPR_MARK = 0.01
 _WIDTH = 3.25  # inches: with 9 pt, still read at 360 px
-_STYLE: dict[str, Any] = {
+_NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "turncoat",
     "pdf.fonttype": 42,
@@ -74,8 +75,8 @@ class Drawing:
         assert opening is not None
         box = re.search(r'viewBox="[^"]*"', opening[0])
         assert box is not None
-        svg = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {box[0]} {label}>'
-        return _own_ids(svg + head + text[opening.end() :], self.slug)
+        body = text[opening.end() :]
+        return _own_ids(f"<svg {_NAMESPACES} {box[0]} {label}>{head}{body}", self.slug)
 
     def save(self, folder: Path) -> None:
         """Write the figure as SVG and PDF."""
@@ -93,13 +94,15 @@ class Drawing:
             self.draw(axes, palette, legend)
             if legend:
                 axes.set_title(self.title, fontsize=9, color=palette.ink)
-            canvas.savefig(buffer, format=kind, metadata=metadata, bbox_inches="tight", pad_inches=0.03)
+            canvas.savefig(
+                buffer, format=kind, metadata=metadata, bbox_inches="tight", pad_inches=0.03
+            )
         return buffer.getvalue()
 
 
 @contextmanager
 def _styled(palette: Palette) -> Iterator[None]:
-    colours = {
+    colours: Any = {
         "text.color": palette.ink,
         "axes.edgecolor": palette.line,
         "axes.labelcolor": palette.muted,
@@ -136,7 +139,11 @@ def slugs() -> Callable[[str], str]:
 def style(index: int) -> tuple[int, tuple[float, ...], str]:
     """Return the colour's number, the dashes and the marker of a series."""
     lap = index // len(DASHES)
-    return index % len(DASHES), DASHES[(index + lap) % len(DASHES)], MARKERS[(index + lap) % len(MARKERS)]
+    return (
+        index % len(DASHES),
+        DASHES[(index + lap) % len(DASHES)],
+        MARKERS[(index + lap) % len(MARKERS)],
+    )
 
 
 def roc(
@@ -147,7 +154,9 @@ def roc(
     floor = float(10 ** np.floor(np.log10(min(max(floor, 1e-4), 1e-2)) + 1e-9))
 
     def draw(axes: Axes, palette: Palette, legend: bool) -> None:
-        axes.plot([floor, 1], [floor, 1], color=palette.muted, lw=0.8, dashes=(2, 2), label="chance")
+        axes.plot(
+            [floor, 1], [floor, 1], color=palette.muted, lw=0.8, dashes=(2, 2), label="chance"
+        )
         axes.axvline(FPR_MARK, color=palette.line, lw=0.8)
         for index, (fpr, tpr) in reversed(list(curves.items())):
             colour, dashes, _ = style(index)
@@ -166,7 +175,8 @@ def roc(
             _legend(axes)
 
     at_mark = [
-        f"{names[i]} {100 * float(np.interp(FPR_MARK, fpr, tpr)):.1f} %" for i, (fpr, tpr) in curves.items()
+        f"{names[i]} {100 * float(np.interp(FPR_MARK, fpr, tpr)):.1f} %"
+        for i, (fpr, tpr) in curves.items()
     ]
     describes = f"True positive rate at 1 % false positive rate: {words.listed(at_mark, 12)}."
     return Drawing(slug, title, describes, draw, height=2.75)
@@ -188,7 +198,11 @@ def pooled_roc(seeds: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
 
 
 def histories(
-    slug: str, title: str, lines: Mapping[int, Sequence[Sequence[float]]], names: Sequence[str], metric: str
+    slug: str,
+    title: str,
+    lines: Mapping[int, Sequence[Sequence[float]]],
+    names: Sequence[str],
+    metric: str,
 ) -> Drawing:
     """Draw a metric round by round: the mean over seeds, and the range of the seeds behind it."""
     ends = {i: float(np.mean([run[-1] for run in runs])) for i, runs in lines.items()}
@@ -202,7 +216,12 @@ def histories(
             rounds = np.arange(1, length + 1)
             if len(table) > 1 and length > 1:
                 axes.fill_between(
-                    rounds, table.min(0), table.max(0), color=palette.series[colour], alpha=0.13, lw=0
+                    rounds,
+                    table.min(0),
+                    table.max(0),
+                    color=palette.series[colour],
+                    alpha=0.13,
+                    lw=0,
                 )
             axes.plot(
                 rounds, table.mean(0), color=palette.series[colour], dashes=dashes or (1, 0),
@@ -227,7 +246,11 @@ def tradeoff(
     slug: str, title: str, prices: Sequence[Cost], left: Sequence[Square | None], metric: str
 ) -> Drawing:
     """Draw what the strongest attack at a seat still reaches against what the model is worth."""
-    points = [(i, c.quality.value, s) for i, (c, s) in enumerate(zip(prices, left, strict=True)) if c.quality]
+    points = [
+        (i, c.quality.value, s)
+        for i, (c, s) in enumerate(zip(prices, left, strict=True))
+        if c.quality
+    ]
 
     def draw(axes: Axes, palette: Palette, legend: bool) -> None:
         for index, quality, square in points:
@@ -240,7 +263,7 @@ def tradeoff(
         axes.set(xlabel=f"{words.metric(metric)}, clean", ylabel="strongest attack's success")
         axes.set_ylim(-0.03, 1.03)
         values = [quality for _, quality, _ in points]
-        if values and 0 <= min(values) and max(values) <= 1:
+        if values and min(values) >= 0 and max(values) <= 1:
             margin = max(0.02, 0.08 * (max(values) - min(values)))
             axes.set_xlim(max(0.0, min(values) - margin), min(1.0 + margin, max(values) + margin))
             axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -250,17 +273,20 @@ def tradeoff(
             _legend(axes)
 
     said = [
-        f"{prices[i].defence}: {words.number(q, metric)}, success {s.success if s else 0:.2f}" for i, q, s in points
+        f"{prices[i].defence}: {words.number(q, metric)}, success {s.success if s else 0:.2f}"
+        for i, q, s in points
     ]
     return Drawing(slug, title, "; ".join(said) + ".", draw)
 
 
-def partition(slug: str, counts: Array, clients: Sequence[str], classes: Sequence[str], sizes: Sequence[int]) -> Drawing:
+def partition(
+    slug: str, counts: Array, clients: Sequence[str], classes: Sequence[str], sizes: Sequence[int]
+) -> Drawing:
     """Draw who holds how much of which class: bars, or a map where bars would be too many."""
     bars = len(clients) <= MOST_BARS and len(classes) <= MOST_CLASSES
     describes = (
         f"{words.count(len(clients), 'client')} hold {min(sizes, default=0):,} to "
-        f"{max(sizes, default=0):,} examples each, of {words.count(len(classes), 'class').replace('classs', 'classes')}."
+        f"{max(sizes, default=0):,} examples each, of {words.count(len(classes), 'class')}."
     )
 
     def draw_bars(axes: Axes, palette: Palette, legend: bool) -> None:
@@ -285,7 +311,12 @@ def partition(slug: str, counts: Array, clients: Sequence[str], classes: Sequenc
         red, green, blue, _ = to_rgba(LIGHT.heat[7])
         shades = ListedColormap([(red, green, blue, a / 255) for a in range(256)])
         image = axes.imshow(
-            counts.T, aspect="auto", cmap=shades, interpolation="nearest", vmin=0, vmax=max(1.0, float(counts.max(initial=1)))
+            counts.T,
+            aspect="auto",
+            cmap=shades,
+            interpolation="nearest",
+            vmin=0,
+            vmax=max(1.0, float(counts.max(initial=1))),
         )
         axes.set_xlabel("client")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
@@ -294,17 +325,21 @@ def partition(slug: str, counts: Array, clients: Sequence[str], classes: Sequenc
         else:
             axes.set_ylabel("class")
         bar = axes.figure.colorbar(image, ax=axes, pad=0.02, aspect=24)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         bar.set_label("examples", color=palette.muted)
         _quiet(axes, grid="")
 
     if bars:
-        return Drawing(slug, "Who holds what", describes, draw_bars, 4.4, 0.75 + 0.19 * len(clients))
+        return Drawing(
+            slug, "Who holds what", describes, draw_bars, 4.4, 0.75 + 0.19 * len(clients)
+        )
     height = 1.1 + 0.17 * min(len(classes), 24)
     return Drawing(slug, "Who holds what", describes, draw_map, 4.4, max(2.4, height))
 
 
-def matrix(slug: str, squares: Mapping[tuple[str, str, str], Square], defences: Sequence[str]) -> Drawing:
+def matrix(
+    slug: str, squares: Mapping[tuple[str, str, str], Square], defences: Sequence[str]
+) -> Drawing:
     """Draw the matrix for print; the page has it as a table."""
     rows = list(dict.fromkeys((attack, seat) for attack, seat, _ in squares))
 
@@ -315,21 +350,38 @@ def matrix(slug: str, squares: Mapping[tuple[str, str, str], Square], defences: 
                 text, colour, face, hatch = square.status, palette.muted, "none", None
                 if square.headline is not None:
                     step = round(square.success * (len(palette.heat) - 1))
-                    face, colour, text = palette.heat[step], palette.on_heat[step], square.headline.text
+                    face, colour, text = (
+                        palette.heat[step],
+                        palette.on_heat[step],
+                        square.headline.text,
+                    )
                 elif square.status == "blocked":
                     hatch = "////"
                 axes.add_patch(
-                    Rectangle((x, y), 1, 1, facecolor=face, edgecolor=palette.line, hatch=hatch, lw=0.8)
+                    Rectangle(
+                        (x, y), 1, 1, facecolor=face, edgecolor=palette.line, hatch=hatch, lw=0.8
+                    )
                 )
-                axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7.5, color=colour)
+                axes.text(
+                    x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7.5, color=colour
+                )
         axes.set(xlim=(0, max(1, len(defences))), ylim=(max(1, len(rows)), 0))
-        axes.set_xticks(np.arange(len(defences)) + 0.5, [_short(d) for d in defences], rotation=30, ha="right")
-        axes.set_yticks(np.arange(len(rows)) + 0.5, [f"{_short(a)} · {s or 'nobody'}" for a, s in rows])
+        axes.set_xticks(
+            np.arange(len(defences)) + 0.5, [_short(d) for d in defences], rotation=30, ha="right"
+        )
+        axes.set_yticks(
+            np.arange(len(rows)) + 0.5, [f"{_short(a)} · {s or 'nobody'}" for a, s in rows]
+        )
         for spine in axes.spines.values():
             spine.set_visible(False)
 
     return Drawing(
-        slug, "Success against baseline", "Attacks by defences.", draw, 2.6 + 0.8 * len(defences), 1.3 + 0.3 * len(rows)
+        slug,
+        "Success against baseline",
+        "Attacks by defences.",
+        draw,
+        2.6 + 0.8 * len(defences),
+        1.3 + 0.3 * len(rows),
     )
 
 
@@ -342,7 +394,9 @@ def _quiet(axes: Axes, grid: str = "y") -> None:
 
 def _legend(axes: Axes) -> None:
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+        axes.legend(
+            frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0
+        )
 
 
 def _short(name: str, most: int = 22) -> str:

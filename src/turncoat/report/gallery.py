@@ -80,14 +80,19 @@ def exhibition(
             labels = _labels(tensors)
             originals = _pictures(tensors, "originals")
             if originals and originals != before:
-                strips.append(_strip("originals", "what the clients hold", "truth", originals, labels))
+                strips.append(
+                    _strip("originals", "what the clients hold", "truth", originals, labels)
+                )
                 if not before and (mean := _pictures(tensors, "mean_image")):
                     note = "a blind guess: the baseline"
-                    strips.append(_strip("mean image", note, "blind", mean[:1] * len(originals), ()))
+                    strips.append(
+                        _strip("mean image", note, "blind", mean[:1] * len(originals), ())
+                    )
                 before = originals
             pictures = _pictures(tensors, "reconstructions")
-            note = square.headline and f"{square.headline.metric} {square.headline.text}"
-            strips.append(_strip(square.defence, note or "", "guess", pictures, labels))
+            lead = square.headline
+            note = f"{lead.metric} {lead.text}" if lead else ""
+            strips.append(_strip(square.defence, note, "guess", pictures, labels))
         elif square.status != "scored":
             strips.append(Strip(square.defence, square.says, square.status))
     return Exhibition(attack, seat, tuple(strips))
@@ -99,12 +104,16 @@ def _triggered(
     for square in squares:
         tensors = shown.get(square.defence)
         if tensors is not None and (pictures := _pictures(tensors, "triggered")):
-            strip = _strip("with the trigger", "what the backdoor answers to", "guess", pictures, ())
+            strip = _strip(
+                "with the trigger", "what the backdoor answers to", "guess", pictures, ()
+            )
             return Exhibition(attack, seat, (strip,))
     return None
 
 
-def _strip(label: str, note: str, kind: str, pictures: tuple[str, ...], labels: Sequence[str]) -> Strip:
+def _strip(
+    label: str, note: str, kind: str, pictures: tuple[str, ...], labels: Sequence[str]
+) -> Strip:
     alts = tuple(
         f"{label}, {number}{f', class {labels[number - 1]}' if number <= len(labels) else ''}"
         for number in range(1, len(pictures) + 1)
@@ -114,7 +123,7 @@ def _strip(label: str, note: str, kind: str, pictures: tuple[str, ...], labels: 
 
 def _labels(tensors: Tensors) -> list[str]:
     labels = tensors.get("labels")
-    return [] if labels is None else [str(label) for label in np.ravel(labels).tolist()]
+    return [] if labels is None else [f"{label:g}" for label in np.ravel(labels).tolist()]
 
 
 def _pictures(tensors: Tensors | None, name: str) -> tuple[str, ...]:

@@ -16,9 +16,9 @@ from turncoat.report import figures, palette, words
 from turncoat.report.cost import Cost, costs, done, runs
 from turncoat.report.figures import Array, Drawing
 from turncoat.report.gallery import Exhibition, Tensors, exhibition, exhibits
-from turncoat.report.pooled import Square, num_missing, squares
+from turncoat.report.pooled import num_missing, squares
 from turncoat.report.record import Record, Row, read
-from turncoat.report.verdict import Matrix, Verdict, column, judge, still_can, strongest
+from turncoat.report.verdict import Matrix, Verdict, column, judge, reach, still_can, strongest
 
 _HERE = Path(__file__).parent
 _MOST_INCIDENTS = 30
@@ -85,6 +85,7 @@ def _render(
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_unbroken,
     )
     environment.globals.update(words=words, style=figures.style, plural=words.count)
     text = environment.get_template("page.html.jinja").render(
@@ -115,12 +116,19 @@ def _render(
     return re.sub(r"\n\s*\n+", "\n", text)
 
 
+def _unbroken(value: Any) -> Any:
+    """Keep a figure and its unit on one line."""
+    if type(value) is not str:
+        return value
+    return re.sub(r"(\d) (%|dB|kB|MB|GB|s\b|points)", "\\1\N{NO-BREAK SPACE}\\2", value)
+
+
 def _emphasised(verdict: Verdict) -> Markup:
     """Return a finding with its figure in bold."""
-    text = escape(verdict.finding)
+    text = escape(_unbroken(verdict.finding))
     if verdict.state != "open" or verdict.strongest is None or verdict.strongest.headline is None:
         return text
-    value = escape(verdict.strongest.headline.text)
+    value = escape(_unbroken(verdict.strongest.headline.text))
     return Markup(str(text).replace(str(value), f"<strong>{value}</strong>", 1))
 
 
@@ -129,7 +137,9 @@ def _css() -> str:
         return "".join(f"{name}:{value};" for name, value in palette.variables(colours).items())
 
     text = (_HERE / "page.css").read_text(encoding="utf-8")
-    return text.replace("/* LIGHT */", block(palette.LIGHT)).replace("/* DARK */", block(palette.DARK))
+    return text.replace("/* LIGHT */", block(palette.LIGHT)).replace(
+        "/* DARK */", block(palette.DARK)
+    )
 
 
 def _panel(drawing: Drawing) -> Panel:
@@ -153,7 +163,9 @@ def _footnotes(record: Record, matrix: Matrix) -> Footnotes:
             for kind in ("blocked", "failed"):
                 # a square of several seeds may be scored and have failed in one of them
                 told = [s for s in here if s.status == kind or (kind == "failed" and s.num_failed)]
-                then = still_can(matrix, seat, defence) if kind == "blocked" and seat else ""
+                then = (
+                    still_can(record, matrix, seat, defence) if kind == "blocked" and seat else ""
+                )
                 if told:
                     items = tuple((s.attack, s.says) for s in told)
                     said.setdefault((seat, kind, items, then), []).append(defence)
@@ -166,7 +178,9 @@ def _footnotes(record: Record, matrix: Matrix) -> Footnotes:
     return found
 
 
-def _exhibits(record: Record, matrix: Matrix) -> tuple[dict[tuple[str, str, str], list[Tensors]], list[str]]:
+def _exhibits(
+    record: Record, matrix: Matrix
+) -> tuple[dict[tuple[str, str, str], list[Tensors]], list[str]]:
     shown: dict[tuple[str, str, str], list[Tensors]] = {}
     lost: list[str] = []
     for key, square in matrix.items():
@@ -207,7 +221,7 @@ def _draw(
                 slug(f"tradeoff {seat}"),
                 words.who(seat),
                 [prices[name] for name in names],
-                [strongest(column(matrix, seat, name)) for name in names],
+                [strongest(reach(record, matrix, seat, name)) for name in names],
                 record.metric,
             )
             for seat in _groups(matrix)
@@ -232,17 +246,24 @@ def _rocs(
                 seeds = [
                     (np.ravel(t["roc_fpr"]).astype(float), np.ravel(t["roc_tpr"]).astype(float))
                     for t in shown.get((attack, seat, defence), ())
-                    if "roc_fpr" in t and "roc_tpr" in t and t["roc_fpr"].size == t["roc_tpr"].size > 0
+                    if "roc_fpr" in t
+                    and "roc_tpr" in t
+                    and t["roc_fpr"].size == t["roc_tpr"].size > 0
                 ]
                 if seeds:
                     curves[index] = figures.pooled_roc(seeds)
             if curves:
-                yield figures.roc(slug(f"roc {attack} {seat}"), f"{attack} · {seat}", curves, record.defences)
+                yield figures.roc(
+                    slug(f"roc {attack} {seat}"), f"{attack} · {seat}", curves, record.defences
+                )
 
 
 def _histories(record: Record, slug: Any) -> Iterator[Drawing]:
     attacks = list(dict.fromkeys(t["attack"] for t in record.trainings))
-    for attack in sorted(attacks, key=lambda a: (a is not None, a and record.attacks.index(a) if a in record.attacks else 0)):
+    for attack in sorted(
+        attacks,
+        key=lambda a: (a is not None, a and record.attacks.index(a) if a in record.attacks else 0),
+    ):
         lines = {
             index: [
                 [float(v) for v in t["history"]]
@@ -275,7 +296,9 @@ def _partition(record: Record, slug: Any) -> Iterator[Drawing]:
 
 def _sights(record: Record) -> dict[str, list[tuple[list[str], list[str]]]]:
     """Return for each seat what it sees, and behind which defences: mostly the same behind all."""
-    seats = sorted({s for d in record.plan["defences"] for s in d.get("sees") or {}}, key=words.order)
+    seats = sorted(
+        {s for d in record.plan["defences"] for s in d.get("sees") or {}}, key=words.order
+    )
     found: dict[str, list[tuple[list[str], list[str]]]] = {}
     for seat in seats:
         grouped: dict[tuple[str, ...], list[str]] = {}

@@ -8,14 +8,67 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-_SERIES_LIGHT = ("#1c2126", "#0072b2", "#c44e00", "#00815f", "#b0578d", "#a37500", "#5b4bb7", "#2b8fc4")
-_SERIES_DARK = ("#e9ecef", "#56b4e9", "#ff9d5c", "#3ecba0", "#e79ac6", "#ecc45c", "#a99bf5", "#8fd0f5")
+_SERIES_LIGHT = (
+    "#1c2126",
+    "#0072b2",
+    "#c44e00",
+    "#00815f",
+    "#b0578d",
+    "#a37500",
+    "#5b4bb7",
+    "#2b8fc4",
+)
+_SERIES_DARK = (
+    "#e9ecef",
+    "#56b4e9",
+    "#ff9d5c",
+    "#3ecba0",
+    "#e79ac6",
+    "#ecc45c",
+    "#a99bf5",
+    "#8fd0f5",
+)
 _HEAT_LIGHT = ("#fdf6ee", "#fbd9b0", "#f5a96b", "#dd6f3c", "#b23f1c", "#7c1d0c")
 _HEAT_DARK = ("#20262d", "#3c2e29", "#6b3d29", "#a5522c", "#dd7c43", "#ffc08a")
 # Classes have no order and no alarm: Tol's muted hues, some of them lighter in the dark.
-_CLASSES_LIGHT = ("#88ccee", "#cc6677", "#ddcc77", "#117733", "#332288", "#aa4499", "#44aa99", "#999933", "#882255", "#bbbbbb", "#4477aa", "#ee8866")
-_CLASSES_DARK = ("#88ccee", "#cc6677", "#ddcc77", "#3a9b5c", "#7a6fd1", "#aa4499", "#44aa99", "#999933", "#b55a86", "#8a8a8a", "#4477aa", "#ee8866")
-DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.2, 1.4), (6, 2, 1.2, 2), (3, 1.4), (8, 2, 2, 2, 2, 2), (2, 2), (10, 3))
+_CLASSES_LIGHT = (
+    "#88ccee",
+    "#cc6677",
+    "#ddcc77",
+    "#117733",
+    "#332288",
+    "#aa4499",
+    "#44aa99",
+    "#999933",
+    "#882255",
+    "#bbbbbb",
+    "#4477aa",
+    "#ee8866",
+)
+_CLASSES_DARK = (
+    "#88ccee",
+    "#cc6677",
+    "#ddcc77",
+    "#3a9b5c",
+    "#7a6fd1",
+    "#aa4499",
+    "#44aa99",
+    "#999933",
+    "#b55a86",
+    "#8a8a8a",
+    "#4477aa",
+    "#ee8866",
+)
+DASHES: tuple[tuple[float, ...], ...] = (
+    (),
+    (5, 2),
+    (1.2, 1.4),
+    (6, 2, 1.2, 2),
+    (3, 1.4),
+    (8, 2, 2, 2, 2, 2),
+    (2, 2),
+    (10, 3),
+)
 MARKERS = "osD^vPXp"
 HEAT_STEPS = 11
 
@@ -36,7 +89,9 @@ class Palette:
     def on_heat(self) -> tuple[str, ...]:
         """The colour of text on each step of heat: whichever of two is read more easily."""
         dark, bright = "#14181d", "#ffffff"
-        return tuple(max((dark, bright), key=lambda c, h=h: contrast(c, h)) for h in self.heat)
+        return tuple(
+            dark if contrast(dark, h) >= contrast(bright, h) else bright for h in self.heat
+        )
 
 
 def contrast(one: str, other: str) -> float:
@@ -72,10 +127,22 @@ def _rgb(colour: str) -> tuple[int, ...]:
 
 
 LIGHT = Palette(
-    "#1c2126", "#59636e", "#dcd8d1", "#ffffff", _SERIES_LIGHT, _steps(_HEAT_LIGHT, HEAT_STEPS), _CLASSES_LIGHT
+    "#1c2126",
+    "#59636e",
+    "#dcd8d1",
+    "#ffffff",
+    _SERIES_LIGHT,
+    _steps(_HEAT_LIGHT, HEAT_STEPS),
+    _CLASSES_LIGHT,
 )
 DARK = Palette(
-    "#e9ecef", "#a3adb8", "#38414b", "#1b2026", _SERIES_DARK, _steps(_HEAT_DARK, HEAT_STEPS), _CLASSES_DARK
+    "#e9ecef",
+    "#a3adb8",
+    "#38414b",
+    "#1b2026",
+    _SERIES_DARK,
+    _steps(_HEAT_DARK, HEAT_STEPS),
+    _CLASSES_DARK,
 )
 # Colours that no figure would choose: in the page, each becomes the variable of its part.
 STAND_IN = replace(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite, sqrt
 from typing import Any
 
@@ -92,7 +92,8 @@ class Square:
         if self.headline is None:
             return self.status
         f = self.headline
-        return f"{f.metric} {f.text} (95 % interval {f.interval}; baseline {f.base})"
+        spread = f"95 % interval {f.interval}; " if f.low is not None and f.high is not None else ""
+        return f"{f.metric} {f.text} ({spread}baseline {f.base})"
 
 
 def squares(record: Record) -> dict[tuple[str, str, str], Square]:
@@ -128,29 +129,28 @@ def num_missing(square: Square) -> int:
 
 
 def _pool(defence: str, attack: str, seat: str, cells: Sequence[Row], planned: int) -> Square:
+    square = Square(defence, attack, seat, "missing", planned)
     scored = [c for c in cells if c["status"] == "scored" and _number(c.get("value")) is not None]
-    failed = [c for c in cells if c["status"] == "failed" or (c["status"] == "scored" and c not in scored)]
+    failed = [c for c in cells if c["status"] in ("scored", "failed") and c not in scored]
     blocked = [c for c in cells if c["status"] == "blocked"]
-    where = {"defence": defence, "attack": attack, "seat": seat, "num_planned": planned}
-    error = next((str(c["error"]) for c in failed if c.get("error")), "the game gave no value" if failed else "")
+    if failed:
+        errors = (str(c["error"]) for c in failed if c.get("error"))
+        said = next(errors, "the game gave no value")
+        square = replace(square, status="failed", num_failed=len(failed), says=said)
     if scored:
-        return Square(
-            **where,
+        return replace(
+            square,
             status="scored",
             headline=_headline(scored),
             others=_others(scored),
             beats=_beats(scored),
             num_seeds=len(scored),
-            num_failed=len(failed),
-            says=error,
             exhibits=tuple(str(c["exhibits"]) for c in scored if c.get("exhibits")),
         )
-    if failed:
-        return Square(**where, status="failed", num_failed=len(failed), says=error)
-    if blocked:
-        reason = next((str(c["reason"]) for c in blocked if c.get("reason")), "no reason is given")
-        return Square(**where, status="blocked", says=reason)
-    return Square(**where, status="missing")
+    if blocked and not failed:
+        reasons = (str(c["reason"]) for c in blocked if c.get("reason"))
+        return replace(square, status="blocked", says=next(reasons, "no reason is given"))
+    return square
 
 
 def _headline(cells: Sequence[Row]) -> Figure:
@@ -162,7 +162,9 @@ def _headline(cells: Sequence[Row]) -> Figure:
 def _others(cells: Sequence[Row]) -> tuple[Figure, ...]:
     names = [k.removesuffix("_baseline") for k in cells[0] if k.endswith("_baseline")]
     return tuple(
-        _figure([c for c in cells if _number(c.get(name)) is not None], name, name, _unit(name), None)
+        _figure(
+            [c for c in cells if _number(c.get(name)) is not None], name, name, _unit(name), None
+        )
         for name in names
         if name != "beats" and any(_number(c.get(name)) is not None for c in cells)
     )
@@ -177,7 +179,9 @@ def _figure(cells: Sequence[Row], prefix: str, name: str, unit: str, worst: floa
     low, high = spread(values, column("low"), column("high"))
     if not unit and all(0 <= v <= 1 for v in values) and low is not None and high is not None:
         low, high = max(0.0, low), min(1.0, high)  # a rate's interval does not leave [0, 1]
-    return Figure(name, sum(values) / len(values), low, high, _mean(column("baseline")), worst, unit)
+    return Figure(
+        name, sum(values) / len(values), low, high, _mean(column("baseline")), worst, unit
+    )
 
 
 def spread(

@@ -89,7 +89,10 @@ def read(folder: Path) -> Record:
 
 def _rows(path: Path, needed: tuple[str, ...]) -> tuple[Row, ...]:
     if not path.is_file():
-        raise UnreadableAudit(f"{path.parent} holds a plan but no {path.name}: {_AGAIN}")
+        raise UnreadableAudit(
+            f"{path.parent} holds a plan but no {path.name}: run `turncoat report` on it, or the "
+            "same `turncoat audit` command again, either of which writes it"
+        )
     lines = path.read_text(encoding="utf-8").splitlines()
     found = []
     for number, line in enumerate(lines, 1):
@@ -100,7 +103,9 @@ def _rows(path: Path, needed: tuple[str, ...]) -> tuple[Row, ...]:
         except ValueError as error:
             if number == len(lines):  # cut short as it was written: that row is missing
                 break
-            raise UnreadableAudit(f"{path}, line {number}, is not JSON ({error}): {_AGAIN}") from None
+            raise UnreadableAudit(
+                f"{path}, line {number}, is not JSON ({error}): {_AGAIN}"
+            ) from None
         _check(row, needed, f"{path}, line {number},")
         found.append(row)
     return tuple(found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from turncoat.report import words
@@ -62,60 +62,112 @@ def column(matrix: Matrix, seat: str, defence: str) -> list[Square]:
     return [square for (_, s, d), square in matrix.items() if s == seat and d == defence]
 
 
+def reach(record: Record, matrix: Matrix, seat: str, defence: str) -> list[Square]:
+    """Return what a seat can do: its own attacks, and those of others that need what it sees too.
+
+    An attack that was played only at another seat stands for this one as far as that seat saw no
+    less; where it saw less, what this one can do is not known, and the square is missing.
+    """
+    own = column(matrix, seat, defence)
+    known = {square.attack for square in own}
+    sees = next(d.get("sees") or {} for d in record.plan["defences"] if d["name"] == defence)
+    found = list(own)
+    for attack in record.plan["attacks"]:
+        needs = set(str(attack.get("needs") or "").split(" or "))
+        mine = needs & set(sees.get(seat) or ())
+        played = [
+            s for (a, at, d), s in matrix.items() if a == attack["name"] and d == defence and at
+        ]
+        if attack["name"] in known or not mine or not played:
+            continue
+        enough = [s for s in played if mine <= set(sees.get(s.seat) or ())]
+        found.append(strongest(enough) or replace(played[0], status="missing", headline=None))
+    return found
+
+
 def strongest(found: Sequence[Square]) -> Square | None:
     """Return the attack that went furthest: one that beat its baseline before one that did not."""
     scored = [square for square in found if square.status == "scored"]
     return max(scored, key=lambda square: (square.beats, square.success), default=None)
 
 
-def still_can(matrix: Matrix, seat: str, defence: str, but: str | None = None) -> str:
+def still_can(record: Record, matrix: Matrix, seat: str, defence: str) -> str:
     """Say what a seat can still do behind a defence that blocked one of its attacks."""
-    others = [s for s in column(matrix, seat, defence) if s.attack != but and s.status != "blocked"]
+    others = [s for s in reach(record, matrix, seat, defence) if s.status != "blocked"]
     best, who = strongest(others), words.who(seat)
     if best is None:
         if not others:
             return f"No other attack tried can be mounted by {_low(who)}; {NO_PROOF}."
-        return f"The other attacks of {_low(who)} gave no score, so what it can still do is unknown."
-    if best.beats:
-        return f"{who} can still mount {best.attack}: {best.short}."
-    return f"{who} can still mount {best.attack}, which does not beat its baseline: {best.short}."
+        return (
+            f"The other attacks of {_low(who)} gave no score, so what it can still do is unknown."
+        )
+    fails = "" if best.beats else ", which does not beat its baseline"
+    return f"{who} can still mount {best.attack}{fails}: {best.short}.{_played_at(best, seat)}"
+
+
+def _played_at(square: Square, seat: str) -> str:
+    if square.seat == seat:
+        return ""
+    where, who = _low(words.who(square.seat)), _low(words.who(seat))
+    return f" Played from the seat of {where}; {who} sees as much."
 
 
 def _judge(record: Record, matrix: Matrix, prices: Mapping[str, Cost], seat: str) -> Verdict:
     who, base = words.who(seat), record.defences[0]
-    if seat == "coalition" and record.plan.get("coalition"):
-        who = f"{who} ({record.plan['coalition']['text']})"
-    found = column(matrix, seat, base)
+    found = reach(record, matrix, seat, base)
     best = strongest(found)
     failed = [s.attack for s in found if s.status == "failed"]
     missing = [s.attack for s in found if s.status == "missing"]
-    asides = [f"{words.count(len(failed), 'attack')} failed to run ({words.listed(failed)})"] * bool(failed)
-    asides += [f"{words.count(len(missing), 'attack')} did not run yet ({words.listed(missing)})"] * bool(missing)
+    asides = [
+        f"{words.count(len(failed), 'attack')} failed to run ({words.listed(failed)})"
+    ] * bool(failed)
+    asides += [
+        f"{words.count(len(missing), 'attack')} did not run yet ({words.listed(missing)})"
+    ] * bool(missing)
     aside = f" Not judged: {' and '.join(asides)}." if asides else ""
     if best is None:
         if failed or missing:
             state = "failed" if failed else "missing"
             return Verdict(seat, who, state, f"{who}: not known.{aside}")
         names = words.listed([s.attack for s in found])
-        text = f"{who} cannot mount any attack tried ({names}): all are blocked. Blocked is not safe."
+        text = (
+            f"{who} cannot mount any attack tried ({names}): all are blocked. Blocked is not safe."
+        )
         return Verdict(seat, who, "blocked", text, _elsewhere(record, matrix, seat))
     if not best.beats:
         text = (
             f"{who}: no attack tried beat its baseline; {NO_PROOF}. "
-            f"The nearest was {best.attack}: {best.short}.{aside}"
+            f"The nearest was {best.attack}: {best.short}.{_played_at(best, seat)}{aside}"
         )
         return Verdict(seat, who, "held", text, _elsewhere(record, matrix, seat), best)
     defence, left, remedy = _best_defence(record, matrix, prices, seat, best)
-    return Verdict(seat, who, "open", _sentence(record, best, who) + aside, remedy, best, defence, left)
+    return Verdict(
+        seat,
+        who,
+        "open",
+        _sentence(record, best, who) + _played_at(best, seat) + aside,
+        remedy,
+        best,
+        defence,
+        left,
+    )
 
 
 def _sentence(record: Record, square: Square, who: str) -> str:
     figure = square.headline
     assert figure is not None
-    says = next(a.get("says") for a in record.plan["attacks"] if a["name"] == square.attack)
-    says = says or "{who} reaches {value} ({interval}; baseline {baseline})"
+    attack = next(a for a in record.plan["attacks"] if a["name"] == square.attack)
+    if square.seat == "coalition" and attack.get("members"):
+        members, clients = len(attack["members"]), len(record.plan["task"]["sizes"])
+        some = "One dishonest client" if members == 1 else f"A coalition of {members} clients"
+        who = f"{some} of {clients:,}"
+    says = (
+        attack.get("says") or "{who} reaches {value} {interval}, where the baseline is {baseline}"
+    )
+    known = figure.low is not None and figure.high is not None
+    interval = f"(95 % interval {figure.interval})" if known else ""
     text = words.spoken(
-        says, who=who, value=figure.text, interval=figure.interval, baseline=figure.base
+        says, who=who, value=figure.text, interval=interval, baseline=figure.base
     ).rstrip()
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
@@ -125,9 +177,9 @@ def _best_defence(
 ) -> tuple[str | None, Square | None, str]:
     base = record.defences[0]
     known = {
-        defence: strongest(column(matrix, seat, defence))
+        defence: strongest(reach(record, matrix, seat, defence))
         for defence in record.defences[1:]
-        if not any(s.status in ("failed", "missing") for s in column(matrix, seat, defence))
+        if not any(s.status in ("failed", "missing") for s in reach(record, matrix, seat, defence))
     }
     if not known:
         if len(record.defences) == 1:
@@ -143,17 +195,15 @@ def _best_defence(
     left = known[defence]
     if left is not None and leaves(left) >= before.success:
         return None, None, "No defence tested makes the strongest attack at this seat weaker."
+    best = f"Best of the defences tested: {defence}"
     cost = price(prices[defence], prices[base], record.metric)
     if left is None:
-        text = f"Best of the defences tested: {defence}. Every attack tried is blocked; {NO_PROOF}."
+        text = f"{best}. Under it every attack tried is blocked; {NO_PROOF}."
     elif left.beats:
-        text = (
-            f"Best of the defences tested: {defence}. What is left still beats its baseline: "
-            f"{left.attack}, {left.short}."
-        )
+        text = f"{best}. What is left still beats its baseline: {left.attack}, {left.short}."
     else:
         text = (
-            f"Best of the defences tested: {defence}. No attack tried beats its baseline; "
+            f"{best}. No attack tried beats its baseline; "
             f"{NO_PROOF}. The nearest is {left.attack}: {left.short}."
         )
     return defence, left, f"{text} {cost}"
@@ -168,7 +218,7 @@ def _elsewhere(record: Record, matrix: Matrix, seat: str) -> str:
     worse = [
         square
         for defence in record.defences[1:]
-        if (square := strongest(column(matrix, seat, defence))) is not None and square.beats
+        if (square := strongest(reach(record, matrix, seat, defence))) is not None and square.beats
     ]
     if not worse:
         return ""

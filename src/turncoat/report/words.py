@@ -47,7 +47,7 @@ def who(seat: str) -> str:
     >>> who("user")
     'A user of the released model'
     """
-    return _WHO.get(seat, f"The {seat.replace('_', ' ')}" if seat else "Nobody")
+    return _WHO.get(seat, f"The {seat.replace('_', ' ')}" if seat else "No seat that exists")
 
 
 def order(seat: str) -> tuple[int, str]:
@@ -104,8 +104,8 @@ def interval(low: float | None, high: float | None, name: str, unit: str = "") -
 def points(change: float, name: str) -> str:
     """Write a difference of two figures.
 
-    >>> points(-0.0412, "accuracy"), points(0.02, "dice")
-    ('−4.1 points', '+0.020')
+    >>> points(0.0412, "accuracy"), points(0.02, "dice")
+    ('+4.1 points', '+0.020')
     """
     percent = _PERCENT.search(name)
     text = f"{100 * change:+.1f}" if percent else f"{change:+.3f}"
@@ -158,8 +158,8 @@ def view(kind: str) -> str:
 def spoken(says: str, *, who: str, value: str, interval: str, baseline: str) -> str:
     """Fill a game's sentence; whatever else stands in braces is left alone.
 
-    >>> spoken("In {value} of cases {who} wins.", who="A user", value="9 %", interval="", baseline="")
-    'In 9 % of cases a user wins.'
+    >>> spoken("At {value} {who} wins.", who="A user", value="9 %", interval="", baseline="")
+    'At 9 % a user wins.'
     """
     filled = {"who": who, "value": value, "interval": interval, "baseline": baseline}
 
@@ -168,7 +168,8 @@ def spoken(says: str, *, who: str, value: str, interval: str, baseline: str) -> 
         within = match[1] == "who" and says[: match.start()].rstrip()[-1:] not in ("", ".", ":")
         return text[:1].lower() + text[1:] if within else text
 
-    return re.sub(r"\{(who|value|interval|baseline)\}", fill, says)
+    text = re.sub(r"\{(who|value|interval|baseline)\}", fill, says)
+    return re.sub(r" {2,}", " ", re.sub(r" +([,;.])", r"\1", text))
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:
@@ -188,4 +189,5 @@ def count(number: int, noun: str) -> str:
     >>> count(1, "seed"), count(0, "attack")
     ('1 seed', '0 attacks')
     """
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{ending}"

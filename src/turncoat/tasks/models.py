@@ -41,7 +41,10 @@ class Built:
 
 @dataclass(frozen=True)
 class MLP:
-    """Fully connected layers on the flattened input; ``hidden = ()`` is multinomial regression."""
+    """Fully connected layers on the flattened input; ``hidden = ()`` is multinomial regression.
+
+    Weights begin as in ``LeNet5``.
+    """
 
     hidden: tuple[int, ...] = (64,)
     activation: Activation = "relu"
@@ -56,20 +59,24 @@ class MLP:
         layers: list[nn.Module] = [nn.Flatten()]
         for before, after in pairwise(sizes):
             layers += [nn.Linear(before, after), _ACTIVATIONS[self.activation]()]
-        return nn.Sequential(*layers, nn.Linear(sizes[-1], num_classes))
+        return _begun(nn.Sequential(*layers, nn.Linear(sizes[-1], num_classes)), self.activation)
 
 
 @dataclass(frozen=True)
 class LeNet5:
     """Two convolutions with average pooling, three dense layers [1]_: 61,706 parameters on MNIST.
 
-    Below 16 pixels a side the kernels are 3x3 and padded: LeNet-5 scaled to 8x8 (19,754).
+    Below 16 pixels a side the kernels are 3x3 and padded, and only the first convolution is
+    pooled: LeNet-5 scaled to 8x8 (42,794). ``"tanh"`` and ``"sigmoid"`` nets are smooth, as
+    gradient inversion wants them; the latter hardly learns.
 
     Differs from the paper: the second convolution reads all maps of the first, pooling has no
-    weights, the last layer is linear, and ``"tanh"`` is the plain one. A ``"sigmoid"`` net is
-    smooth, which gradient inversion wants, and hardly learns from the usual initialisation.
+    weights, the last layer is linear, ``"tanh"`` is the plain one, and weights begin as He [2]_
+    ("relu") or Glorot [3]_ (the others) have them.
 
     .. [1] LeCun et al., Proc. IEEE 1998, section II.B.
+    .. [2] He et al., ICCV 2015, eq. (10). https://arxiv.org/abs/1502.01852
+    .. [3] Glorot and Bengio, AISTATS 2010, eq. (16).
     """
 
     activation: Activation = "relu"
@@ -82,22 +89,27 @@ class LeNet5:
         small = min(height, width) < 16
         kernel, first, second = (3, 1, 1) if small else (5, 2 if min(height, width) < 32 else 0, 0)
 
+        pooled = 1 if small else 2
+
         def left(side: int) -> int:
             side = (side + 2 * first - kernel + 1) // 2
-            return (side + 2 * second - kernel + 1) // 2
+            return (side + 2 * second - kernel + 1) // pooled
 
         act = _ACTIVATIONS[self.activation]
-        return nn.Sequential(
+        net = nn.Sequential(
             *(nn.Conv2d(channels, 6, kernel, padding=first), act(), nn.AvgPool2d(2)),
-            *(nn.Conv2d(6, 16, kernel, padding=second), act(), nn.AvgPool2d(2)),
+            *(nn.Conv2d(6, 16, kernel, padding=second), act(), nn.AvgPool2d(pooled)),
             *(nn.Flatten(), nn.Linear(16 * left(height) * left(width), 120), act()),
             *(nn.Linear(120, 84), act(), nn.Linear(84, num_classes)),
         )
+        return _begun(net, self.activation)
 
 
 @dataclass(frozen=True)
 class ConvNet:
     """3x3 convolutions and one dense layer: small, and smooth unless ``"relu"``.
+
+    Weights begin as in ``LeNet5``.
 
     Args:
         widths: Channels after each convolution.
@@ -125,9 +137,8 @@ class ConvNet:
             layers.append(nn.Conv2d(channels, after, 3, stride=stride, padding=1))
             layers.append(_ACTIVATIONS[self.activation]())
             channels, height, width = after, -(-height // stride), -(-width // stride)
-        return nn.Sequential(
-            *layers, nn.Flatten(), nn.Linear(channels * height * width, num_classes)
-        )
+        layers += [nn.Flatten(), nn.Linear(channels * height * width, num_classes)]
+        return _begun(nn.Sequential(*layers), self.activation)
 
 
 @dataclass(frozen=True)
@@ -198,6 +209,19 @@ class _Residual(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return relu(self.inside(inputs) + self.shortcut(inputs))
+
+
+def _begun(net: nn.Sequential, activation: str) -> nn.Sequential:
+    """Return the net with weights whose scale survives its depth; biases are 0."""
+    for layer in net:
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            if activation == "relu":
+                nn.init.kaiming_normal_(layer.weight)
+            else:
+                nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    return net
 
 
 def _known(owner: object, activation: str) -> None:

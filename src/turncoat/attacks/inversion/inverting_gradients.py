@@ -149,13 +149,11 @@ def _inverted(
 ) -> Reconstruction:
     """Return the best of the restarts. A step of descent points against the gradient."""
     labels = labels_of(model, before, -delta, population, num_images)
-    wanted = [s for s in model.layout.slots if s.trainable]
-    target = torch.cat([-delta[s.start : s.stop] for s in wanted])
+    leaves = {n: p for n, p in model.module.named_parameters() if p.requires_grad}
+    target = torch.cat([-delta[s.start : s.stop] for s in model.layout.slots if s.name in leaves])
     shape = (num_images, *population[0].shape[1:])
     best, best_cost = torch.empty(0), float("inf")
     learner = model.learner(before)  # the module then holds ``before``, and nothing is re-bound
-    tensors = dict(model.module.named_parameters())
-    leaves = [tensors[s.name] for s in wanted]
     try:
         with ambient(rng):
             for _ in range(num_restarts):
@@ -164,7 +162,7 @@ def _inverted(
                 for step in range(num_steps):
                     loss = model.criterion(learner.outputs(guess), labels)
                     grads = torch.autograd.grad(
-                        loss, leaves, create_graph=True, materialize_grads=True
+                        loss, list(leaves.values()), create_graph=True, materialize_grads=True
                     )
                     cost = 1 - _cosine(torch.cat([g.flatten() for g in grads]), target)
                     (slope,) = torch.autograd.grad(cost + tv_weight * total_variation(guess), guess)
@@ -200,6 +198,7 @@ def labels_of(
         return pushed.argmin().reshape(1)
     with torch.no_grad():
         prior = model.logits(before, population[0][:1_000]).softmax(dim=1).mean(dim=0)
+    prior = prior.clamp(min=1e-6)
     scale = (pushed / prior).max()
     shares = (prior - pushed / scale).clamp(min=0) if scale > 0 else prior
     return _apportioned(shares, num_images)

@@ -65,5 +65,5 @@ def _distances(matrix: Tensor, centre: Tensor) -> Tensor:
     for block, middle in zip(
         torch.split(matrix, _COLUMNS, dim=1), torch.split(centre, _COLUMNS), strict=True
     ):
-        squared += torch.linalg.vector_norm(block - middle, dim=1).double().square()
+        squared += torch.linalg.vector_norm(block - middle, dim=1, dtype=torch.float64).square()
     return squared.sqrt()
