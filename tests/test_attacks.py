@@ -284,8 +284,11 @@ def test_a_model_that_never_saw_the_records_betrays_none() -> None:
 
 def test_shadows_of_unknown_training_are_worth_nothing() -> None:
     *_, made = overfitted()
-    order = torch.randperm(made.inside.shape[1], generator=RANDOM.at("shuffle"))
-    assert 0.4 < area(LiRA(12), shadows=replace(made, inside=made.inside[:, order])) < 0.6
+    orders = [torch.randperm(200, generator=RANDOM.at("shuffle", i)) for i in range(9)]
+    areas = [
+        area(LiRA(12), shadows=replace(made, inside=made.inside[:, order])) for order in orders
+    ]
+    assert 0.45 < sum(areas) / len(areas) < 0.55
 
 
 def test_lira_works_on_answers_alone_even_on_bare_labels() -> None:
@@ -306,7 +309,7 @@ def test_lira_is_the_likelihood_ratio_of_scipy_record_by_record(online: bool) ->
     phi = confidence(target, candidates)
     others = torch.stack([confidence(s, candidates) for s in shadows.models])
     checked = 0
-    for i in range(0, len(phi), 20):
+    for i in range(0, len(phi), 10):
         known = shadows.inside[:, i]
         ins, outs = others[known, i], others[~known, i]
         if min(len(ins), len(outs)) < 2:

@@ -95,7 +95,7 @@ class DPSGD:
         refuse_coupled_examples(model)
         if len(labels) > 1:
             _refuse_coupled_loss(model, start, data)
-        learner = model.learner(start)
+        learner, frozen = model.learner(start), _frozen(model)
         here, velocity = learner.trainable, torch.zeros_like(learner.trainable)
         with _per_example(model.module):
             for _ in range(num_steps):
@@ -104,6 +104,8 @@ class DPSGD:
                 chosen = draw.nonzero().flatten().to(inputs.device)
                 total = clipped_sum(model, learner, (inputs[chosen], labels[chosen]), self.max_norm)
                 total.add_(noise, alpha=sigma * self.max_norm)
+                for where in frozen:
+                    total[where] = 0
                 velocity.mul_(self.momentum).add_(total, alpha=1 / expected)
                 with torch.no_grad():
                     here.add_(velocity, alpha=-self.lr)
@@ -190,6 +192,12 @@ def clipped_sum(model: Model, learner: Learner, data: Batch, max_norm: float) ->
         for where, gradients in parts:
             total[where] += factors @ gradients
     return total
+
+
+def _frozen(model: Model) -> list[slice]:
+    """Return where the parameters lie that do not train, and take no noise either."""
+    still = {n for n, p in model.module.named_parameters() if not p.requires_grad}
+    return [slice(s.start, s.stop) for s in model.layout.slots if s.name in still]
 
 
 def refuse_coupled_examples(model: Model) -> None:
