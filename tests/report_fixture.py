@@ -230,8 +230,8 @@ def _cell(
     }
     if about.family == "membership":
         tpr = 0.01 + success / 3
-        row |= {"tpr_at_1_percent": tpr, "tpr_at_1_percent_baseline": 0.01}
-        row |= {"tpr_at_1_percent_low": tpr / 2, "tpr_at_1_percent_high": 2 * tpr}
+        row |= {"tpr_at_1pct_fpr": tpr, "tpr_at_1pct_fpr_baseline": 0.01}
+        row |= {"tpr_at_1pct_fpr_low": tpr / 2, "tpr_at_1pct_fpr_high": 2 * tpr}
     if shown := _exhibits(about.family, success, seed, pictures, rng):
         row["exhibits"] = f"cells/{key}.safetensors"
         tensors = {k: np.ascontiguousarray(v, dtype=np.float32) for k, v in shown.items()}

@@ -24,7 +24,7 @@ from turncoat.stages.aggregate.mean import Mean
 from turncoat.stages.aggregate.optimisers import ServerMomentum
 from turncoat.stages.channel.secure_aggregation import SecureAggregation
 from turncoat.stages.train.local import Clipped, FedSGD, LocalSGD
-from turncoat.task import Batch, Model, Task
+from turncoat.task import Batch, Model, Shards, Task
 from turncoat.views import AggregateView, CoalitionView, ServerView
 
 SGD = LocalSGD(0.5, num_steps=4, batch_size=32)
@@ -161,6 +161,18 @@ def test_a_rule_that_streams_gives_the_bits_of_one_that_hoards(task: Task) -> No
     simulate(replace(MEAN, aggregate=Counting()), task, num_rounds=1, seed=0)
 
 
+def test_a_long_stream_is_summed_right(task: Task) -> None:
+    inputs, labels = task.test[0][:300], task.test[1][:300]
+    many = replace(task, clients=Shards(inputs, labels, tuple(range(0, 301, 2))))
+    step = replace(MEAN, train=FedSGD(0.5))
+    streamed = simulate(step, many, num_rounds=1, seed=0)
+    hoarded = simulate(replace(step, aggregate=Hoarding()), many, num_rounds=1, seed=0)
+    assert torch.equal(streamed.state.params, hoarded.state.params)
+    start = task.model.initial(Randomness(0).at("begin"))
+    right = start - 0.5 * task.model.gradient(start, (inputs, labels))
+    torch.testing.assert_close(streamed.state.params, right, atol=1e-6, rtol=0)
+
+
 def test_fedsgd_is_one_step_along_the_gradient(task: Task) -> None:
     run = simulate(replace(MEAN, train=FedSGD(0.3)), task, num_rounds=1, seed=0)
     start = task.model.initial(Randomness(0).at("begin"))
@@ -279,7 +291,7 @@ def test_a_round_with_too_few_is_an_error_that_says_so(task: Task) -> None:
     with pytest.raises(TooFewClients, match=r"round 0: 0 of 8 clients .*\(client 0 raised OSError"):
         simulate(fed, task, num_rounds=1, seed=0)
     fed = replace(MEAN, train=Faulty("nan", (0, 1)), min_clients=7)
-    with pytest.raises(TooFewClients, match="6 of 8 clients .*7 are needed"):
+    with pytest.raises(TooFewClients, match=r"6 of 8 clients .*7 are needed"):
         simulate(fed, task, num_rounds=1, seed=0)
 
 

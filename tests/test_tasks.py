@@ -7,6 +7,7 @@ Kinds: contract (every shipped task trains; what is described can be described),
 from __future__ import annotations
 
 import csv
+import doctest
 import io
 import sys
 import tarfile
@@ -48,7 +49,6 @@ SHIPPED: dict[str, Callable[[], Task]] = {
     "faces": bundled.faces,
 }
 LOCAL: dict[str, Callable[[], Task]] = {
-    "mnist": lambda: fetched.mnist(4, per_client=50, test_size=100),
     "cifar10": lambda: fetched.cifar10(
         4, per_client=50, test_size=100, data=str(DATA / "cifar10-lossless-4k")
     ),
@@ -97,10 +97,10 @@ def trains(task: Task) -> None:
     for inputs, labels in (*task.clients, task.test, task.population):
         assert inputs.dtype == torch.float32 and labels.dtype == torch.int64
         assert inputs.isfinite().all() and len(inputs) == len(labels)
-        assert 0 <= int(labels.min()) and int(labels.max()) < len(task.classes)
+        assert int(labels.min()) >= 0 and int(labels.max()) < len(task.classes)
         assert task.model.loss(state, (inputs[:8], labels[:8])).isfinite()
         if inputs.ndim == 4:
-            assert 0 <= float(inputs.min()) and float(inputs.max()) <= 1
+            assert float(inputs.min()) >= 0 and float(inputs.max()) <= 1
     assert task.source
 
 
@@ -179,13 +179,23 @@ def test_a_local_copy_says_what_it_is_not(here: None) -> None:
 
 
 @local
-def test_decoded_images_are_remembered_and_a_damaged_memory_is_made_anew(here: None) -> None:
-    folder = str(DATA / "cifar10-lossless-4k")
-    first = fetched.cifar10(4, data=folder)
+def test_mnist_has_lenets_size_and_its_licence(tmp_path: Path) -> None:
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    for part in ("train", "test"):  # the test file for both: 10,000 images are decoded faster
+        (folder / f"{part}.parquet").symlink_to(DATA / "mnist" / "test-00000-of-00001.parquet")
+    task = fetched.mnist(4, per_client=50, test_size=100, data=str(tmp_path))
+    trains(task)
+    assert task.model.layout.num_params == 61706 and "CC BY-SA 3.0" in task.source
+
+
+def test_decoded_images_are_remembered_and_a_damaged_memory_is_made_anew(tmp_path: Path) -> None:
+    folder = str(parquet(tmp_path / "x", [(8, 8)] * 50))
+    first = images.from_parquet(folder, 4)
     (kept,) = (sources.cache() / "decoded").iterdir()
-    again = fetched.cifar10(4, data=folder)
+    again = images.from_parquet(folder, 4)
     kept.write_bytes(kept.read_bytes()[:1000])
-    anew = fetched.cifar10(4, data=folder)
+    anew = images.from_parquet(folder, 4)
     assert torch.equal(first.test[0], again.test[0]) and torch.equal(first.test[0], anew.test[0])
 
 
@@ -253,7 +263,7 @@ def test_architectures_refuse_what_they_cannot_be() -> None:
         (lambda: LeNet5()((30,), 2), "choose another model"),
     ):
         with pytest.raises(ValueError, match=said):
-            make()  # type: ignore[no-untyped-call]
+            make()
 
 
 # Theorems about partitions -------------------------------------------------------------------
@@ -386,7 +396,7 @@ def test_partitions_refuse_numbers_out_of_range() -> None:
         lambda: ClassShards(0),
     ):
         with pytest.raises(ValueError, match="must be"):
-            make()  # type: ignore[no-untyped-call]
+            make()
 
 
 def test_what_a_config_reads_has_types_that_can_be_resolved() -> None:
@@ -464,7 +474,7 @@ def test_a_table_becomes_a_task(tmp_path: Path) -> None:
         ("y\n0\n1\n", {"label": "y"}, "no features but the label"),
         ("a,a\n0,1\n", {"label": "a"}, "need names, each of them once"),
         ("a,y\n", {"label": "y"}, "no rows"),
-        ("a,y\n1,x\n2,x\n", {"label": "y", "split_column": "a"}, "must say train or test"),
+        ("a,s,y\n1,x,0\n2,x,1\n", {"label": "y", "split_column": "s"}, "must say train or test"),
     ],
 )
 def test_a_bad_table_is_named_by_column_or_row(
@@ -611,7 +621,7 @@ def test_without_a_network_it_is_said_what_to_put_where(
 
 def test_an_unknown_hub_name_without_a_network_is_told_of_from_parquet(no_network: None) -> None:
     pytest.importorskip("datasets")
-    with pytest.raises(DataMissing, match="some/thing is not at hand.* use from_parquet"):
+    with pytest.raises(DataMissing, match=r"some/thing is not at hand.* use from_parquet"):
         images.from_hub("some/thing", 2)
 
 
@@ -640,3 +650,13 @@ def test_a_missing_extra_is_answered_by_its_command(
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(ExtraMissing, match=r"pip install 'turncoat\[data\]'"):
         images.from_parquet(str(folder), 1)
+
+
+def test_the_example_in_the_documentation_is_true() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {"__name__": "my_module"}
+    exec(compile(code, "my_module.py", "exec"), names)
+    parsed = doctest.DocTestParser().get_doctest(text, names, "tasks.md", None, None)
+    assert parsed.examples and doctest.DocTestRunner().run(parsed).failed == 0
+    trains(names["make_task"]())

@@ -5,7 +5,7 @@ from __future__ import annotations
 _STAGES = "turncoat.stages"
 _ATTACKS = "turncoat.attacks"
 _BUNDLED = "turncoat.tasks.bundled"
-_NAMED = "turncoat.tasks.named"
+_FETCHED = "turncoat.tasks.fetched"
 
 PARTS: dict[str, dict[str, str]] = {
     "attack": {
@@ -46,9 +46,30 @@ PARTS: dict[str, dict[str, str]] = {
         "digits": f"{_BUNDLED}:digits",
         "breast-cancer": f"{_BUNDLED}:breast_cancer",
         "faces": f"{_BUNDLED}:faces",
+        "mnist": f"{_FETCHED}:mnist",
+        "fashion-mnist": f"{_FETCHED}:fashion_mnist",
+        "cifar10": f"{_FETCHED}:cifar10",
+        "pneumoniamnist": f"{_FETCHED}:pneumoniamnist",
+        "mednist": f"{_FETCHED}:mednist",
+        "heart-disease": f"{_FETCHED}:heart_disease",
+        "hub": "turncoat.tasks.images:from_hub",
+        "parquet": "turncoat.tasks.images:from_parquet",
+        "npz": "turncoat.tasks.images:from_npz",
+        "csv": "turncoat.tasks.tables:from_csv",
     },
-    "partition": {},
-    "model": {},
+    "partition": {
+        "iid": "turncoat.tasks.partitions:IID",
+        "dirichlet": "turncoat.tasks.partitions:Dirichlet",
+        "class-shards": "turncoat.tasks.partitions:ClassShards",
+        "by-column": "turncoat.tasks.partitions:ByColumn",
+        "unequal-sizes": "turncoat.tasks.partitions:UnequalSizes",
+    },
+    "model": {
+        "mlp": "turncoat.tasks.models:MLP",
+        "lenet5": "turncoat.tasks.models:LeNet5",
+        "convnet": "turncoat.tasks.models:ConvNet",
+        "resnet": "turncoat.tasks.models:ResNet",
+    },
     "game": {
         "membership": "turncoat.games.membership:Membership",
         "reconstruct": "turncoat.games.reconstruction:Reconstruct",

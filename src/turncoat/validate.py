@@ -50,7 +50,7 @@ def nearest(name: str, right: Iterable[str]) -> str:
     >>> nearest("x", ["krum", "mean"])
     'there are krum, mean'
     """
-    known = sorted(right)
+    known = sorted(map(str, right))
     near = get_close_matches(name, known, 1)
     return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known) or 'none'}"
 

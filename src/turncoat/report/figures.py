@@ -66,7 +66,10 @@ class Drawing:
 
     def inline(self) -> str:
         """Return an SVG for the page: its colours are variables, its text is the page's."""
-        text = to_variables(_strip(self._save(STAND_IN, "svg", legend=False).decode()))
+        with _styled(STAND_IN):
+            canvas = self._canvas(STAND_IN, legend=False, layout="constrained")
+            text = _written(canvas, "svg").decode()
+        text = to_variables(_strip(text))
         text = re.sub(r"font(-family)?: ?([^;\"]*?)'[^;\"]*sans-serif", _own_font, text)
         label = f'role="img" aria-labelledby="{self.slug}-t {self.slug}-d"'
         head = f'<title id="{self.slug}-t">{_escape(self.title)}</title>'
@@ -80,24 +83,28 @@ class Drawing:
 
     def save(self, folder: Path) -> None:
         """Write the figure as SVG and PDF."""
-        for kind in ("svg", "pdf"):
-            (folder / f"{self.slug}.{kind}").write_bytes(self._save(LIGHT, kind, legend=True))
+        with _styled(LIGHT):
+            canvas = self._canvas(LIGHT, legend=True)
+            for kind in ("svg", "pdf"):
+                whole = _written(canvas, kind, bbox_inches="tight", pad_inches=0.03)
+                (folder / f"{self.slug}.{kind}").write_bytes(whole)
 
-    def _save(self, palette: Palette, kind: str, *, legend: bool) -> bytes:
-        buffer = io.BytesIO()
-        metadata = {"Date": None, "Creator": None} if kind == "svg" else {"CreationDate": None}
-        with _styled(palette):
-            canvas = Canvas(figsize=(self.width, self.height), layout="constrained")
-            canvas.patch.set_visible(kind == "pdf")
-            axes = canvas.add_subplot()
-            axes.patch.set_visible(False)
-            self.draw(axes, palette, legend)
-            if legend:
-                axes.set_title(self.title, fontsize=9, color=palette.ink)
-            canvas.savefig(
-                buffer, format=kind, metadata=metadata, bbox_inches="tight", pad_inches=0.03
-            )
-        return buffer.getvalue()
+    def _canvas(self, palette: Palette, *, legend: bool, layout: Any = None) -> Canvas:
+        canvas = Canvas(figsize=(self.width, self.height), layout=layout)
+        canvas.patch.set_visible(False)
+        axes = canvas.add_subplot()
+        axes.patch.set_visible(False)
+        self.draw(axes, palette, legend)
+        if legend:
+            axes.set_title(self.title, fontsize=9, color=palette.ink)
+        return canvas
+
+
+def _written(canvas: Canvas, kind: str, **how: Any) -> bytes:
+    buffer = io.BytesIO()
+    metadata = {"Date": None, "Creator": None} if kind == "svg" else {"CreationDate": None}
+    canvas.savefig(buffer, format=kind, metadata=metadata, **how)
+    return buffer.getvalue()
 
 
 @contextmanager

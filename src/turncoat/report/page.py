@@ -58,17 +58,24 @@ def write_report(folder: Path) -> Path:
 
     The same folder gives the same bytes. A half-finished audit gives a report of what there is.
     """
+    text, drawings = page(folder)
+    figures_folder = folder / "figures"
+    figures_folder.mkdir(exist_ok=True)
+    for drawing in drawings:
+        drawing.save(figures_folder)
+    written = folder / "report.html"
+    written.write_text(text, encoding="utf-8")
+    return written
+
+
+def page(folder: Path) -> tuple[str, list[Drawing]]:
+    """Return the page, and the figures that belong beside it; write nothing."""
     record = read(folder)
     matrix, prices = squares(record), costs(record)
     shown, lost = _exhibits(record, matrix)
     drawn = _draw(record, matrix, prices, shown)
-    into = folder / "figures"
-    into.mkdir(exist_ok=True)
-    for drawing in [*(d for group in drawn.values() for d in group), _matrix(record, matrix)]:
-        drawing.save(into)
-    page = folder / "report.html"
-    page.write_text(_render(record, matrix, prices, shown, lost, drawn), encoding="utf-8")
-    return page
+    drawings = [_matrix(record, matrix), *(d for group in drawn.values() for d in group)]
+    return _render(record, matrix, prices, shown, lost, drawn), drawings
 
 
 def _render(

@@ -88,7 +88,7 @@ class Palette:
     @property
     def on_heat(self) -> tuple[str, ...]:
         """The colour of text on each step of heat: whichever of two is read more easily."""
-        dark, bright = "#14181d", "#ffffff"
+        dark, bright = "#000000", "#ffffff"
         return tuple(
             dark if contrast(dark, h) >= contrast(bright, h) else bright for h in self.heat
         )

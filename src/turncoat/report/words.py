@@ -58,14 +58,11 @@ def order(seat: str) -> tuple[int, str]:
 def metric(name: str) -> str:
     """Name what is measured.
 
-    >>> metric("auc"), metric("attack_success_rate"), metric("tpr_at_0.01")
-    ('AUC', 'attack success rate', 'TPR at 1 % FPR')
+    >>> metric("auc"), metric("attack_success_rate"), metric("tpr_at_01pct_fpr")
+    ('AUC', 'attack success rate', 'TPR at 0.1 % FPR')
     """
-    if at := re.fullmatch(r"tpr(?:_at_|@)(?:fpr_?)?(0?\.\d+)(?:_?fpr)?", name):
-        return f"TPR at {100 * float(at[1]):g} % FPR"
-    if at := re.fullmatch(r"tpr(?:_at_|@)(\d+)_?(percent|permille|%)(?:_fpr)?", name):
-        share = float(at[1]) / (10 if at[2] == "permille" else 1)
-        return f"TPR at {share:g} % FPR"
+    if at := re.fullmatch(r"tpr_at_(0?)(\d+)pct_fpr", name):
+        return f"TPR at {'0.' if at[1] else ''}{at[2]} % FPR"
     words = name.replace("_", " ").split()
     return " ".join(_METRICS.get(word, word) for word in words)
 

@@ -322,7 +322,8 @@ class _Round:
     def _stream(self) -> Iterator[Any]:
         """Yield messages as they come; only a block of payloads is held at a time."""
         for first in range(0, len(self.cohort), _BLOCK):
-            for c, payload in self._train(self.cohort[first : first + _BLOCK]).items():
+            for c, row in self._train(self.cohort[first : first + _BLOCK]).items():
+                payload = replace(row, delta=row.delta.clone())  # a rule may hold on to some
                 if (message := self._dress(c, payload, self.cohort)) is not None:
                     yield message
 

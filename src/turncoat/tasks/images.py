@@ -261,7 +261,7 @@ def arrays(path: Path) -> dict[str, NDArray[Any]]:
     if not path.is_file():
         raise DataMissing(f"there is no file {str(path)!r}: name an npz file")
     try:
-        with np.load(path, allow_pickle=False) as held:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as held:
             return {key: held[key] for key in held.files}
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, TypeError) as error:
         pickled = "allow_pickle" in str(error) and zipfile.is_zipfile(path)
@@ -406,9 +406,7 @@ def _told_classes(table: Any, label: str) -> tuple[str, ...]:
 
 
 def _numbered(batches: Iterable[Batch]) -> tuple[str, ...]:
-    return tuple(
-        map(str, range(1 + max(int(labels.max()) for _, labels in batches if len(labels))))
-    )
+    return tuple(map(str, range(1 + max((int(y.max()) for _, y in batches if len(y)), default=0))))
 
 
 def _text_columns(tables: Sequence[Any], but: set[str]) -> dict[str, list[str]]:
