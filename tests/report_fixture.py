@@ -214,6 +214,7 @@ def _cell(
         error = "Krum(num_byzantine=3) needs at least 9 updates (2f + 3); the cohort has 8"
         return row | {"status": "failed", "error": error}
     success = about.strength * DEFENCES[defence].lets_through * (1 + 0.08 * rng.normal())
+    success = min(1.0, max(0.0, success))
     baseline = DEFENCES[defence].accuracy if about.family == "poisoning" else about.baseline
     value = baseline + success * (about.worst - baseline)
     half = 0.6 if about.metric == "psnr" else 0.02
@@ -225,7 +226,7 @@ def _cell(
         "low": value - half,
         "high": value + half,
         "worst": about.worst,
-        "success": min(1.0, max(0.0, success)),
+        "success": success,
         "beats_baseline": abs(value - baseline) > half,
     }
     if about.family == "membership":

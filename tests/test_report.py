@@ -278,6 +278,21 @@ def test_of_two_defences_as_good_the_cheaper_is_named(small: Path) -> None:
     assert seat(small, "user").defence == max(quality, key=lambda name: quality[name])
 
 
+def test_a_defence_that_ruins_the_model_is_not_the_best(small: Path) -> None:
+    def perfect(cell: dict[str, Any]) -> dict[str, Any]:
+        mine = cell["defence"] == "krum" and cell["seat"] == "user" and cell["value"]
+        return cell | ({"value": 0.5, "beats_baseline": False} if mine else {})
+
+    edit_cells(small, perfect)
+    assert seat(small, "user").defence == "krum"
+    rows = read_rows(small / "trainings.jsonl")
+    ruined = [t | {"history": [0.11]} if t["defence"] == "krum" else t for t in rows]
+    write_rows(small / "trainings.jsonl", ruined)
+    found = seat(small, "user")
+    assert found.defence == "norm-bound"
+    assert "Less is left under krum, but the model is ruined there." in found.remedy
+
+
 def test_a_defence_that_opens_a_seat_is_told(small: Path) -> None:
     def opened(cell: dict[str, Any]) -> dict[str, Any]:
         if cell["seat"] != "user":

@@ -34,6 +34,7 @@ from turncoat.plan import (
 )
 from turncoat.randomness import Randomness
 from turncoat.record import (
+    SHOWN,
     AuditFolder,
     FolderUnusable,
     note_failure,
@@ -56,11 +57,10 @@ from turncoat.runtimes.simulate import Incident, Played, one_thread, simulate
 from turncoat.stage import call, matches
 from turncoat.task import Task
 from turncoat.trial import Cell, Failed, Marked, Sabotage, Scored, Trial
-from turncoat.views import ModelView, Seat, Shadows
+from turncoat.views import ModelView, QueryView, Seat, Shadows
 
 __all__ = ["Audit", "AuditFolder", "Entry", "Event", "FolderUnusable", "run_audit"]
 
-_SHOWN = 2_000  # test examples behind the accuracy of a round; the figures in cells take all
 _CHECKPOINT_SECONDS = 20.0
 
 
@@ -362,8 +362,8 @@ def _read_draft(path: Path) -> tuple[State | None, list[Played], list[float]]:
 
 def shown_score(federation: Federation[Any, Any], task: Task, params: Tensor, seed: int) -> float:
     """Return the task's metric on some of the test set, as users of the release would see it."""
-    inputs, labels = (t[:_SHOWN] for t in task.test)
-    view = released(federation, task, params, seed)
+    inputs, labels = (t[:SHOWN] for t in task.test)
+    view = judged(federation, task, params, seed)
     return float(task.metric(view.scores(inputs), labels).mean())
 
 
@@ -389,7 +389,7 @@ def settle(audit: Audit, folder: AuditFolder, cell: Planned, device: str) -> tup
 def _sabotage(audit: Audit, folder: AuditFolder, cell: Planned, trial: Sabotage) -> Marked:
     federation = audit.federations[cell.defence]
     hurt, clean = (
-        released(federation, audit.task, _params(folder, k), cell.seed)
+        judged(federation, audit.task, _params(folder, k), cell.seed)
         for k in (cell.run, cell.clean)
     )
     rng = Randomness(cell.seed).at("mark" + fingerprint(trial))
@@ -451,6 +451,14 @@ def _view(audit: Audit, folder: AuditFolder, cell: Planned, trial: Trial[Any], d
     if not views:
         raise RuntimeError(f"round {first} shows the {cell.seat} nothing: choose another 'at'")
     return views[0]
+
+
+def judged(federation: Federation[Any, Any], task: Task, params: Tensor, seed: int) -> Any:
+    """Return the released model for whoever marks it: it answers however often it is asked."""
+    view = released(federation, task, params, seed)
+    if isinstance(view, QueryView):
+        view.budget = None
+    return view
 
 
 def released(federation: Federation[Any, Any], task: Task, params: Tensor, seed: int) -> Any:

@@ -95,9 +95,11 @@ def _audit(tables: dict[str, Any], where: Where, text: str, overrides: tuple[str
         for name, parts in _table(tables, "defence", where).items()
     }
     columns = _strings(tables.get("defences", ["none", *defences]), where / "defences")
-    federations = {}
+    federations, titles = {"none": base}, {"none": "no defence"}
     for column in columns:
-        federations[column] = _column(column, base, defences, where / "defences")
+        if column != "none":
+            whole = _column(column, defences, where / "defences")
+            federations[column], titles[column] = whole.around(base), whole.title
     standing = tables.get("coalition")
     entries = {
         name: _entry(name, table, standing, base, where)
@@ -124,6 +126,7 @@ def _audit(tables: dict[str, Any], where: Where, text: str, overrides: tuple[str
         num_rounds=rounds,
         seeds=tuple(_value(list[int], seeds, where / "seeds")),
         delta=delta,
+        titles=titles,
         text=text,
         overrides=overrides,
     )
@@ -139,6 +142,7 @@ class Defence:
     name: str
     parts: Mapping[str, Any]
     where: Where
+    title: str
     then: tuple[Defence, ...] = field(default=())
 
     def __or__(self, other: Defence) -> Defence:
@@ -146,8 +150,8 @@ class Defence:
             raise Conflict(
                 f"{self.where}: {self.name!r} and {other.name!r} both replace {place!r}: choose one"
             )
-        name = f"{self.name} | {other.name}"
-        return replace(self, name=name, then=(*self.then, *other))
+        name, title = f"{self.name} | {other.name}", f"{self.title}, {other.title}"
+        return replace(self, name=name, title=title, then=(*self.then, *other))
 
     def replaces(self) -> set[str]:
         """Return the places whose stage is lost, here and in what is combined with this."""
@@ -175,18 +179,16 @@ def _defence(name: str, parts: Any, where: Where) -> Defence:
         raise ConfigError(f"{where} must be a table of stages, such as aggregate = {{ use = ... }}")
     if "|" in name or name == "none":
         raise ConfigError(f"{where}: a defence cannot be called {name!r}; '|' joins names of them")
-    known_keys(parts, set(STAGES), where)
-    defence = Defence(name, parts, where)
+    known_keys(parts, {*STAGES, "title"}, where)
+    title = _value(str, parts.get("title", name), where / "title")
+    stages = {place: table for place, table in parts.items() if place != "title"}
+    defence = Defence(name, stages, where, title)
     defence.replaces()  # so that a misspelt part is found before anything is built
     return defence
 
 
-def _column(
-    column: str, base: Federation[Any, Any], defences: Mapping[str, Defence], where: Where
-) -> Federation[Any, Any]:
+def _column(column: str, defences: Mapping[str, Defence], where: Where) -> Defence:
     names = [name.strip() for name in column.split("|")]
-    if names == ["none"]:
-        return base
     for name in names:
         if name not in defences:
             raise ConfigError(
@@ -196,7 +198,7 @@ def _column(
     whole = defences[names[0]]
     for name in names[1:]:
         whole = whole | defences[name]
-    return whole.around(base)
+    return whole
 
 
 def _federation(table: Any, where: Where) -> Federation[Any, Any]:
@@ -275,11 +277,14 @@ def _trial(attack: Any, about: dict[str, Any], at: Where) -> Trial[Any]:
 
 
 def _outcome_of(attack: Any) -> Any:
-    """Return what an attack is after: its backdoor where it has one, else the model's accuracy."""
+    """Return what an attack is after: its backdoor, one class for another, or the accuracy."""
     if hasattr(attack, "trigger") and hasattr(attack, "target"):
         from turncoat.games.outcomes import BackdoorSuccess
 
         return BackdoorSuccess(attack.trigger, attack.target)
+    source, target = getattr(attack, "source", None), getattr(attack, "target", None)
+    if isinstance(source, int) and isinstance(target, int):
+        return {"use": "targeted-error", "source": source, "target": target}
     return "accuracy-lost"
 
 

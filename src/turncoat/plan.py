@@ -37,6 +37,7 @@ class Audit:
         federations: The columns by name; the first is the federation as it is.
         entries: The attacks by name.
         delta: At which every ε is stated.
+        titles: What people call a federation, where its name does not say enough.
         text, overrides: The file this came from, for the record.
     """
 
@@ -47,6 +48,7 @@ class Audit:
     num_rounds: int
     seeds: tuple[int, ...]
     delta: float = 1e-5
+    titles: Mapping[str, str] = field(default_factory=dict)
     text: str = ""
     overrides: tuple[str, ...] = ()
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from turncoat import __version__
+from turncoat.coalition import Coalition
 from turncoat.federation import STAGES, Federation
 from turncoat.plan import Audit, Plan, Training, rows
 from turncoat.privacy import Private, guarantees
@@ -31,6 +32,7 @@ from turncoat.stage import within
 from turncoat.trial import Blocked, Marked, Measurement, Sabotage, Scored, Trial, name_of
 
 SCHEMA_VERSION = 1
+SHOWN = 2_000  # test examples behind the accuracy of a round; cells take all
 _VERSIONS = ("torch", "numpy", "scipy", "scikit-learn", "scikit-image", "opacus", "dp-accounting")
 
 
@@ -172,6 +174,7 @@ def planned_record(audit: Audit) -> dict[str, Any]:
             "sizes": list(task.sizes),
             "label_counts": _label_counts(audit),
             "num_test": len(task.test[1]),
+            "num_shown": min(len(task.test[1]), SHOWN),
             "metric": task.metric.__name__,
         },
         "coalition": _coalition(audit),
@@ -184,6 +187,7 @@ def planned_record(audit: Audit) -> dict[str, Any]:
                 "game": repr(e.trial.game if isinstance(e.trial, Trial) else e.trial.outcome),
                 "says": e.trial.says,
                 "seats": [s for s in rows(audit, e) if s],
+                "members": _members(audit, e.trial.coalition),
                 "needs": name_of(e.trial.needs) if isinstance(e.trial, Trial) else "to take part",
             }
             for name, e in audit.entries.items()
@@ -212,7 +216,7 @@ def defence_record(audit: Audit, name: str, federation: Federation[Any, Any]) ->
     }
     return {
         "name": name,
-        "title": name,
+        "title": audit.titles.get(name, name),
         "stages": {place: repr(stage) for place, stage in stages.items()},
         "changed": [p for p in STAGES if getattr(federation, p) != getattr(base, p)],
         "guarantees": [
@@ -312,7 +316,7 @@ def _coalition(audit: Audit) -> dict[str, Any] | None:
     if not found:
         return None
     num_clients = len(audit.task.clients)
-    members = sorted(found[0].members(num_clients, 0, Randomness(audit.seeds[0])))
+    members = _members(audit, found[0]) or []
     named = ", ".join(audit.task.name_of(m) for m in members)
     said = f"{named}: {len(members)} of {num_clients} clients"
     known = (
@@ -320,6 +324,13 @@ def _coalition(audit: Audit) -> dict[str, Any] | None:
     )
     rule = " and the server's rule" if found[0].knows_rule else ""
     return {"text": f"{said}, who know {known}{rule}", "members": members}
+
+
+def _members(audit: Audit, coalition: Coalition[Any] | None) -> list[int] | None:
+    """Return who is dishonest in the first round under the first seed."""
+    if coalition is None:
+        return None
+    return sorted(coalition.members(len(audit.task.clients), 0, Randomness(audit.seeds[0])))
 
 
 def _label_counts(audit: Audit) -> list[list[int]]:

@@ -19,6 +19,9 @@ P_co = TypeVar("P_co", covariant=True)
 C_co = TypeVar("C_co", bound=Clear, covariant=True)
 
 
+_CHUNK = 1_000  # examples that are put through a model at once
+
+
 class Seat(StrEnum):
     """Where the attacker sits."""
 
@@ -134,7 +137,8 @@ class ModelView:
     def scores(self, inputs: Tensor) -> Tensor:
         """Return log-probabilities. Shape: ``(examples, classes)``."""
         with torch.no_grad():
-            return self.model.logits(self.params, inputs).log_softmax(dim=1)
+            parts = [self.model.logits(self.params, some) for some in torch.split(inputs, _CHUNK)]
+            return torch.cat(parts).log_softmax(dim=1)
 
 
 class BudgetSpent(RuntimeError):

@@ -332,6 +332,7 @@ def partition(
         else:
             axes.set_ylabel("class")
         bar = axes.figure.colorbar(image, ax=axes, pad=0.02, aspect=24)
+        bar.ax.patch.set_visible(False)
         bar.outline.set_visible(False)
         bar.set_label("examples", color=palette.muted)
         _quiet(axes, grid="")

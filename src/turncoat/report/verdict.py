@@ -189,12 +189,18 @@ def _best_defence(
     def leaves(square: Square | None) -> float:
         return square.success if square else 0.0
 
-    least = min(leaves(square) for square in known.values())
-    as_good = [d for d, square in known.items() if leaves(square) <= least + EQUALLY_GOOD]
+    useful = [d for d in known if not _ruins(record, prices[d], prices[base])]
+    least = min(leaves(known[d]) for d in useful or known)
+    as_good = [d for d in useful or known if leaves(known[d]) <= least + EQUALLY_GOOD]
     defence = max(as_good, key=lambda d: _quality(prices[d]))
     left = known[defence]
+    stronger = [d for d in known if d not in (useful or known) and leaves(known[d]) < leaves(left)]
     if left is not None and leaves(left) >= before.success:
-        return None, None, "No defence tested makes the strongest attack at this seat weaker."
+        text = "No defence tested makes the strongest attack at this seat noticeably weaker"
+        ruinous = (
+            f" without ruining the model, as {words.listed(stronger)} would" if stronger else ""
+        )
+        return None, None, f"{text}{ruinous}."
     best = f"Best of the defences tested: {defence}"
     cost = price(prices[defence], prices[base], record.metric)
     if left is None:
@@ -206,7 +212,18 @@ def _best_defence(
             f"{best}. No attack tried beats its baseline; "
             f"{NO_PROOF}. The nearest is {left.attack}: {left.short}."
         )
+    if stronger:
+        cost += f" Less is left under {words.listed(stronger)}, but the model is ruined there."
     return defence, left, f"{text} {cost}"
+
+
+def _ruins(record: Record, cost: Cost, base: Cost) -> bool:
+    """Say whether a defence costs more than half of what the model had learnt over chance."""
+    if cost.quality is None or base.quality is None:
+        return False
+    num_classes = len(record.plan["task"].get("classes") or ())
+    chance = 1 / num_classes if record.metric == "accuracy" and num_classes else 0.0
+    return cost.quality.value - chance < (base.quality.value - chance) / 2
 
 
 def _quality(cost: Cost) -> float:
