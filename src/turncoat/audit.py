@@ -361,9 +361,12 @@ def _read_draft(path: Path) -> tuple[State | None, list[Played], list[float]]:
 
 
 def shown_score(federation: Federation[Any, Any], task: Task, params: Tensor, seed: int) -> float:
-    """Return the task's metric on some of the test set, as users of the release would see it."""
+    """Return the task's metric on some of the test set; of the model itself, where there is one."""
     inputs, labels = (t[:SHOWN] for t in task.test)
-    view = judged(federation, task, params, seed)
+    if federation.yields_model:
+        view: Any = ModelView(task.model, params)
+    else:
+        view = judged(federation, task, params, seed)
     return float(task.metric(view.scores(inputs), labels).mean())
 
 

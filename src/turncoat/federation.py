@@ -184,6 +184,11 @@ class Federation(Generic[P, M]):
     def server_learns_state(self) -> bool:
         return not issubclass(self.sends, Summable) or issubclass(self.sends, Revealed)
 
+    @property
+    def yields_model(self) -> bool:
+        """Whether the state is a model's parameters, and not, say, a consensus of logits."""
+        return issubclass(self.trains, Update)
+
     def planned(self, plan: Plan) -> Federation[P, M]:
         """Return the federation with its calibrated stages fitted to a plan."""
         return Federation(
@@ -200,7 +205,7 @@ class Federation(Generic[P, M]):
         aggregate = AggregateView[payload]
         facing = getattr(self.sends, "facing", None)  # what one of several servers gets of it
         seen: Any = get_type_hints(facing)["return"] if facing else self.sends
-        model = (ModelView,) if issubclass(self.trains, Update) else ()
+        model = (ModelView,) if self.yields_model else ()
         if self.server_learns_state:
             server: tuple[Any, ...] = (ServerView[seen], aggregate, *model)
         else:

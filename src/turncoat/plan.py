@@ -12,7 +12,7 @@ from torch import Tensor
 
 from turncoat.coalition import Coalition, check_members, check_worn
 from turncoat.describe import fingerprint, key
-from turncoat.federation import Federation
+from turncoat.federation import Federation, WhiteBox
 from turncoat.randomness import Randomness
 from turncoat.runtimes.simulate import Watch, cohorts
 from turncoat.stage import Broadcast, asks, code_of, matches
@@ -170,13 +170,18 @@ def training_key(
     coalition: Coalition[Any] | None = None,
     server: Broadcast | None = None,
 ) -> str:
-    return key(federation, audit.task_key, audit.num_rounds, seed, coalition, server)
+    return key(trained(federation), audit.task_key, audit.num_rounds, seed, coalition, server)
+
+
+def trained(federation: Federation[Any, Any]) -> Federation[Any, Any]:
+    """Return what matters of a federation until it is trained: how a model is released does not."""
+    return replace(federation, release=WhiteBox()) if federation.yields_model else federation
 
 
 def shadow_key(
     audit: Audit, federation: Federation[Any, Any], seed: int, game: Any, shadow: int
 ) -> str:
-    return key(federation, audit.task_key, audit.num_rounds, seed, game, shadow)
+    return key(trained(federation), audit.task_key, audit.num_rounds, seed, game, shadow)
 
 
 def _trainings(audit: Audit, cell: Planned) -> list[Training]:

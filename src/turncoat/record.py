@@ -141,11 +141,7 @@ def write_plan(folder: Path, audit: Audit, todo: Plan, command: str) -> None:
             }
             for c in todo.cells
         ],
-        "trainings": [
-            {"key": t.key, "defence": t.defence, "attack": t.attack, "seed": t.seed}
-            for t in todo.trainings.values()
-            if t.shadow is None
-        ],
+        "trainings": _trainings(audit, todo),
     }
     write_text(folder / "plan.json", json.dumps(whole, indent=1))
     said = "".join(f"# --set {o}\n" for o in audit.overrides)
@@ -308,6 +304,20 @@ def _worn(trial: Sabotage) -> Any:
     if worn is None:
         return trial.server
     return next(s for s in (worn.prepare, worn.train, worn.forge, worn.channel) if s is not None)
+
+
+def _trainings(audit: Audit, todo: Plan) -> list[dict[str, Any]]:
+    """Return which training stands for which column: some stand for several."""
+    found: dict[tuple[str, str | None, int], str] = {}
+    for cell in todo.cells:
+        if cell.run:
+            attack = cell.attack if todo.trainings[cell.run].attack else None
+            found[cell.defence, attack, cell.seed] = cell.run
+        if cell.clean:
+            found[cell.defence, None, cell.seed] = cell.clean
+    return [
+        {"key": k, "defence": d, "attack": a, "seed": seed} for (d, a, seed), k in found.items()
+    ]
 
 
 def _coalition(audit: Audit) -> dict[str, Any] | None:
