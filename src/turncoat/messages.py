@@ -95,7 +95,7 @@ class Clear(Revealed):
         """Say what makes it unfit to be a payload next to a state ``like``, if anything does."""
         if self.delta.shape != like.shape:
             return f"sent shape {tuple(self.delta.shape)} where {tuple(like.shape)} is due"
-        if not bool(torch.isfinite(self.delta).all()):
+        if not (isfinite(self.delta.sum()) or bool(torch.isfinite(self.delta).all())):
             return "sent NaN or infinity"
         if not (isfinite(self.weight) and self.weight > 0):
             return f"claimed the weight {self.weight}, which is no positive number"

@@ -92,34 +92,35 @@ class Learner:
         tensors: dict[str, Any] = dict(self._module.named_parameters())
         tensors |= dict(self._module.named_buffers())
         self._buffers = [(s, tensors[s.name]) for s in layout.slots if not s.trainable]
+        self._lent = [(p, p.data) for p in self._module.parameters()]
         views = layout.split(self.params)
         with torch.no_grad():
             for s in layout.slots:
+                tensors[s.name].data = views[s.name]  # of buffers a copy: they may be edited
                 if s.trainable:
-                    tensors[s.name].data = views[s.name]
                     tensors[s.name].grad = self.grad[s.start : s.stop].view(s.shape)
-                else:
-                    tensors[s.name].data = views[s.name]  # a copy already: buffers may be edited
+        self._module.train()
 
     def backward(self, data: Batch) -> Tensor:
         """Fill ``grad`` with the gradient of the mean loss on ``data``; return that loss."""
         self.grad.zero_()
-        loss = self._criterion(self._module.train()(data[0]), data[1])
+        loss = self._criterion(self.outputs(data[0]), data[1])
         torch.autograd.backward(loss)
         return loss.detach()
 
     def outputs(self, inputs: Tensor) -> Tensor:
         """Return the module's outputs in training mode, with their graph."""
-        out: Tensor = self._module.train()(inputs)
+        if not self._module.training:  # it was asked for logits in between
+            self._module.train()
+        out: Tensor = self._module(inputs)
         return out
 
     def finish(self) -> Tensor:
         """Return the state, running statistics included, and give the module back."""
         for slot, tensor in self._buffers:
             self.params[slot.start : slot.stop] = tensor.reshape(-1)
-        for parameter in self._module.parameters():
-            parameter.grad = None
-            parameter.data = parameter.data.clone()
+        for parameter, data in self._lent:
+            parameter.grad, parameter.data = None, data
         return self.params
 
 

@@ -129,6 +129,7 @@ class Pairs:
         parts = []
         for images, (inputs, labels) in zip(guesses, records, strict=True):
             rows, columns = match(images, inputs)
+            rows, columns = rows[columns.argsort()], columns.sort().values  # as the records come
             parts.append((images[rows], inputs.cpu()[columns], labels.cpu()[columns]))
         images, originals, labels = (torch.cat(column) for column in zip(*parts, strict=True))
         return cls(images, originals, labels)

@@ -6,8 +6,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from multiprocessing import connection
 from multiprocessing.context import BaseContext
@@ -21,7 +22,9 @@ from torch import Tensor
 from turncoat.messages import Envelope
 from turncoat.runtimes.seat import Done, Job, Seats, attempt, one_thread
 
-_CHUNKS = 4  # a worker's share of a round comes in so many pieces, for balance
+_MOST = 8  # jobs that are handed to a worker at once
+_HELD = 4 * _MOST  # payloads a worker that are held at once, where the rule takes one at a time
+_NOTHING = torch.empty(0)
 
 
 def context() -> BaseContext:
@@ -49,12 +52,11 @@ def _follow(sentinel: int) -> None:
 
 @dataclass(frozen=True)
 class _Share:
-    """A stretch of one round's jobs for one worker; job i starts at row ``starts[i]``."""
+    """A stretch of one round's jobs; job i starts at ``starts[i]`` and writes to ``rows[i]``."""
 
     round: int
-    cohort: tuple[int, ...]
-    first: int
     starts: tuple[int, ...]
+    rows: tuple[int, ...]
     jobs: tuple[Job, ...]
 
 
@@ -72,6 +74,7 @@ class Workers:
         self._num_processes = num_processes
         self._pool: ProcessPoolExecutor | None = None
         self._starts = self._matrix = torch.empty(0, 0)
+        self._handed: deque[Future[list[Done]]] = deque()
 
     def __enter__(self) -> Workers:
         return self
@@ -85,77 +88,106 @@ class Workers:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def __call__(
-        self,
-        round: int,
-        cohort: tuple[int, ...],
-        jobs: Sequence[Job],
-        starts: Mapping[int, Tensor],
-    ) -> list[Done]:
-        """Do the jobs of some of a cohort. Payloads are rows of a matrix that is used again.
+    def together(
+        self, round: int, jobs: Sequence[Job], starts: Mapping[int, Tensor]
+    ) -> Iterator[Done]:
+        """Yield what became of the jobs. Payloads are rows of a matrix that is used again.
 
-        Whoever keeps a payload beyond the next call keeps a copy.
+        Whoever keeps a payload beyond the round keeps a copy.
         """
-        if not jobs:
-            return []
-        size = starts[jobs[0].client].numel()
-        if self._num_processes == 1:
-            done = [
-                attempt(self._seats, Envelope(j.client, cohort, round), starts[j.client], j)
-                for j in jobs
-            ]
-            like = starts[jobs[0].client]
+        if self._num_processes > 1:
+            yield from self._spread(round, jobs, starts, len(jobs))
+            return
+        for i, done in enumerate(self._alone(round, jobs, starts)):
+            if done.payload is None:
+                yield done
+                continue
+            like = starts[jobs[i].client]
             if self._matrix.shape[0] < len(jobs) or self._matrix.device != like.device:
-                self._matrix = like.new_empty(len(jobs), size)
-            for i, d in enumerate(done):
-                if d.payload is not None:
-                    self._matrix[i] = d.payload.delta
-        else:
-            done = self._spread(round, cohort, jobs, starts, size)
-        return [
-            d if d.payload is None else replace(d, payload=replace(d.payload, delta=row))
-            for d, row in zip(done, self._matrix, strict=False)
-        ]
+                self._matrix = like.new_empty(len(jobs), like.numel())
+            self._matrix[i] = done.payload.delta
+            yield _carrying(done, self._matrix[i])
+
+    def stream(
+        self, round: int, jobs: Sequence[Job], starts: Mapping[int, Tensor]
+    ) -> Iterator[Done]:
+        """Yield the same, holding only a few at a time. Payloads are whoever's takes them."""
+        if self._num_processes == 1:
+            yield from self._alone(round, jobs, starts)
+            return
+        for done in self._spread(round, jobs, starts, _HELD * self._num_processes):
+            yield done if done.payload is None else _carrying(done, done.payload.delta.clone())
+
+    def _alone(
+        self, round: int, jobs: Sequence[Job], starts: Mapping[int, Tensor]
+    ) -> Iterator[Done]:
+        cohort = self._seats.cohort(round)
+        for job in jobs:
+            envelope = Envelope(job.client, cohort, round)
+            yield attempt(self._seats, envelope, starts[job.client], job)
 
     def _spread(
-        self,
-        round: int,
-        cohort: tuple[int, ...],
-        jobs: Sequence[Job],
-        starts: Mapping[int, Tensor],
-        size: int,
-    ) -> list[Done]:
+        self, round: int, jobs: Sequence[Job], starts: Mapping[int, Tensor], num_rows: int
+    ) -> Iterator[Done]:
+        """Yield what the workers did; job i has row ``i % num_rows`` until a later one needs it.
+
+        Workers run ahead of whoever takes the results, by as many jobs as there are rows.
+        """
+        if not jobs:
+            return
         different = {id(starts[j.client]): starts[j.client] for j in jobs}
+        pool = self._begun(len(different), num_rows, starts[jobs[0].client].numel())
+        row_of = {}
+        for i, (name, vector) in enumerate(different.items()):
+            self._starts[i] = vector
+            row_of[name] = i
+        first = taken = 0
+        while taken < len(jobs):
+            while (length := self._length(len(jobs) - first)) and (
+                first + length <= taken + num_rows
+            ):
+                some = jobs[first : first + length]
+                share = _Share(
+                    round,
+                    tuple(row_of[id(starts[j.client])] for j in some),
+                    tuple(i % num_rows for i in range(first, first + length)),
+                    tuple(some),
+                )
+                self._handed.append(pool.submit(_in_worker, share))
+                first += length
+            finished = self._handed.popleft().result()
+            for i, done in enumerate(finished, taken):
+                held = done.payload is not None
+                yield _carrying(done, self._matrix[i % num_rows]) if held else done
+            taken += len(finished)
+
+    def _length(self, num_left: int) -> int:
+        """Return how many jobs to hand out at once: fewer towards the end, for balance."""
+        return min(_MOST, num_left, max(1, num_left // (4 * self._num_processes)))
+
+    def _begun(self, num_starts: int, num_rows: int, size: int) -> ProcessPoolExecutor:
+        """Return the workers, idle, with memory enough."""
+        wait(self._handed)  # what a rule left unread still writes
+        self._handed.clear()
         if (
             self._pool is None
-            or self._matrix.shape[0] < len(jobs)
-            or self._starts.shape[0] < len(different)
+            or self._matrix.shape[0] < num_rows
+            or self._starts.shape[0] < num_starts
         ):
             if self._pool is not None:
                 self._pool.shutdown()
-            self._starts, self._matrix = _shared(len(different), size), _shared(len(jobs), size)
+            self._starts, self._matrix = _shared(num_starts, size), _shared(num_rows, size)
             self._pool = ProcessPoolExecutor(  # and no Pool, which waits for the dead
                 self._num_processes,
                 context(),
                 _begin,
                 (self._seats, self._starts, self._matrix),
             )
-        row_of = {}
-        for i, (name, vector) in enumerate(different.items()):
-            self._starts[i] = vector
-            row_of[name] = i
-        length = -(-len(jobs) // (self._num_processes * _CHUNKS))
-        shares = [
-            _Share(
-                round,
-                cohort,
-                first,
-                tuple(row_of[id(starts[j.client])] for j in jobs[first : first + length]),
-                tuple(jobs[first : first + length]),
-            )
-            for first in range(0, len(jobs), length)
-        ]
-        return [d for done in self._pool.map(_in_worker, shares) for d in done]
+        return self._pool
+
+
+def _carrying(done: Done, delta: Tensor) -> Done:
+    return replace(done, payload=replace(done.payload, delta=delta))
 
 
 def _shared(*shape: int) -> Tensor:
@@ -163,23 +195,39 @@ def _shared(*shape: int) -> Tensor:
     return shared
 
 
-_here: Any = None
+@dataclass
+class _Here:
+    """What a worker knows. Who takes part follows from the seed, so it need not be sent."""
+
+    seats: Seats
+    starts: Tensor
+    matrix: Tensor
+    round: int = -1
+    cohort: tuple[int, ...] = ()
+
+    def enter(self, round: int) -> None:
+        if round != self.round:
+            self.round, self.cohort = round, self.seats.cohort(round)
+
+
+_here: _Here | None = None
 
 
 def _begin(seats: Seats, starts: Tensor, matrix: Tensor) -> None:
     global _here
     become_worker()
-    _here = seats, starts, matrix
+    _here = _Here(seats, starts, matrix)
 
 
 def _in_worker(share: _Share) -> list[Done]:
-    seats, starts, matrix = _here
-    done = []
-    for i, (start, job) in enumerate(zip(share.starts, share.jobs, strict=True)):
-        envelope = Envelope(job.client, share.cohort, share.round)
-        d = attempt(seats, envelope, starts[start], job)
-        if d.payload is not None:
-            matrix[share.first + i] = d.payload.delta
-            d = replace(d, payload=replace(d.payload, delta=matrix.new_empty(0)))
-        done.append(d)
-    return done
+    assert _here is not None
+    here, all_done = _here, []
+    here.enter(share.round)
+    for start, row, job in zip(share.starts, share.rows, share.jobs, strict=True):
+        envelope = Envelope(job.client, here.cohort, share.round)
+        done = attempt(here.seats, envelope, here.starts[start], job)
+        if done.payload is not None:
+            here.matrix[row] = done.payload.delta
+            done = _carrying(done, _NOTHING)
+        all_done.append(done)
+    return all_done

@@ -36,6 +36,10 @@ class Seats:
     coalition: Coalition[Any] | None
     seed: int
 
+    def cohort(self, round: int) -> tuple[int, ...]:
+        """Return who takes part in a round."""
+        return cohort_of(self.federation, len(self.task.clients), round, Randomness(self.seed))
+
     def train(
         self, envelope: Envelope, start: Tensor, kept: Cell, *, traitor: bool
     ) -> tuple[Clear, Cell]:
@@ -139,6 +143,16 @@ def attempt(seats: Seats, envelope: Envelope, start: Tensor, job: Job) -> Done:
         )
     fault = payload.fault(start)
     return Done(None if fault else payload, kept if fault is None else job.kept, fault)
+
+
+def cohort_of(
+    federation: Federation[Any, Any], num_clients: int, round: int, randomness: Randomness
+) -> tuple[int, ...]:
+    """Return who takes part in a round. It follows from the seed, so no round need be run."""
+    chosen: tuple[int, ...] = call(
+        federation.sample, num_clients, rng=randomness.at("sample", round)
+    )
+    return chosen
 
 
 def _said(error: Exception) -> str:

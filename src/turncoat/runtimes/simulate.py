@@ -18,7 +18,7 @@ from turncoat.messages import Envelope, Summable
 from turncoat.randomness import Randomness
 from turncoat.runtimes.pool import Workers
 from turncoat.runtimes.saved import Role, State
-from turncoat.runtimes.seat import Job, Seats
+from turncoat.runtimes.seat import Done, Job, Seats, cohort_of
 from turncoat.runtimes.seen import coalition_view, views_of_round
 from turncoat.stage import (
     Broadcast,
@@ -34,7 +34,7 @@ from turncoat.stage import (
 )
 from turncoat.task import Task
 
-_BLOCK = 64  # clients whose payloads are held at once, where the rule takes one at a time
+_Runs = Callable[[int, Sequence[Job], Mapping[int, Tensor]], Iterator[Done]]
 
 
 class TooFewClients(RuntimeError):
@@ -164,15 +164,6 @@ def cohorts(
     return [cohort_of(federation, num_clients, t, Randomness(seed)) for t in range(num_rounds)]
 
 
-def cohort_of(
-    federation: Federation[Any, Any], num_clients: int, round: int, randomness: Randomness
-) -> tuple[int, ...]:
-    chosen: tuple[int, ...] = call(
-        federation.sample, num_clients, rng=randomness.at("sample", round)
-    )
-    return chosen
-
-
 class _Round:
     """One round: broadcast, prepare, train, forge, dress, aggregate."""
 
@@ -191,9 +182,7 @@ class _Round:
         self.memory: dict[Role, Mapping[str, Any]] = dict(state.memory)
         self.incidents: list[Incident] = []
         self.num_sent = self.bytes_up = 0
-        self.cohort = cohort_of(
-            self.federation, len(self.task.clients), self.round, self.randomness
-        )
+        self.cohort = seats.cohort(self.round)
         self.watch = [w for w in watch if w.rounds is None or self.round in w.rounds]
         coalition = self.coalition
         acting = (
@@ -254,24 +243,23 @@ class _Round:
             for c in self.cohort
         }
 
-    def _train(self, clients: Sequence[int]) -> dict[int, Any]:
-        """Train these clients; return the sound payloads, and note who sent none."""
+    def _train(self, run: _Runs) -> Iterator[tuple[int, Any]]:
+        """Train the cohort; yield the sound payloads, and note who sent none."""
         worn = self.coalition is not None and self.coalition.train is not None
-        roles = {c: ("worn train" if worn and c in self.traitors else "train", c) for c in clients}
-        jobs = [Job(c, c in self.traitors, self.memory.get(roles[c], {})) for c in clients]
-        payloads = {}
-        done = self.workers(self.round, self.cohort, jobs, self.starts)
-        for c, d in zip(clients, done, strict=True):
-            if d.fault is not None:
-                self._note(c, d.fault)
+        roles: list[Role] = [
+            ("worn train" if worn and c in self.traitors else "train", c) for c in self.cohort
+        ]
+        jobs = [Job(c, c in self.traitors, self.memory.get((p, c), {})) for p, c in roles]
+        for role, done in zip(roles, run(self.round, jobs, self.starts), strict=True):
+            if done.fault is not None:
+                self._note(role[1], done.fault)
                 continue
-            payloads[c] = d.payload
-            self._remember(roles[c], d.kept)
-        return payloads
+            self._remember(role, done.kept)
+            yield role[1], done.payload
 
     def _together(self) -> list[Any]:
         """Return all messages of the round at once; none if it had to be aborted."""
-        payloads = self._train(self.cohort)
+        payloads = dict(self._train(self.workers.together))
         if self.watch:
             payloads = {c: replace(p, delta=p.delta.clone()) for c, p in payloads.items()}
         payloads = self._forge(payloads)
@@ -320,12 +308,10 @@ class _Round:
         return payloads
 
     def _stream(self) -> Iterator[Any]:
-        """Yield messages as they come; only a block of payloads is held at a time."""
-        for first in range(0, len(self.cohort), _BLOCK):
-            for c, row in self._train(self.cohort[first : first + _BLOCK]).items():
-                payload = replace(row, delta=row.delta.clone())  # a rule may hold on to some
-                if (message := self._dress(c, payload, self.cohort)) is not None:
-                    yield message
+        """Yield messages as they come; only a few payloads are held at a time."""
+        for c, payload in self._train(self.workers.stream):
+            if (message := self._dress(c, payload, self.cohort)) is not None:
+                yield message
 
     def _dress(self, client: int, payload: Any, cohort: tuple[int, ...]) -> Any:
         traitor = client in self.traitors

@@ -102,6 +102,7 @@ class SecureAggregation:
     max_weight: float = 10_000.0
     precision: float = 2.0**-24
     recovers_from: int | None = None
+    simulates: ClassVar[str] = "the algebra of pairwise pads, without keys or ciphers"
 
     def __post_init__(self) -> None:
         at_least(1, self, num_neighbours=self.num_neighbours, recovers_from=self.recovers_from)
