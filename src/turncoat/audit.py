@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -406,10 +406,11 @@ def _play(
     question, truth = pose(audit, federation, trial.game, trial.at, seed)
     if cell.shadows:
         question = replace(question, shadows=_shadows(audit, folder, cell, trial.game, question))
-    view = _view(audit, folder, cell, trial, device)
+    view, question = _view(audit, folder, cell, trial, device), moved(question, device)
     asked = {f.name: getattr(question, f.name) for f in fields(question)}
     randomness, name = Randomness(seed), fingerprint(trial)
     guess = call(trial.attack, view, rng=randomness.at("attack" + name), **asked)
+    guess = moved(guess, "cpu")
     return trial.game.mark(guess, truth, rng=randomness.at("mark" + name))
 
 
@@ -429,7 +430,7 @@ def _view(audit: Audit, folder: AuditFolder, cell: Planned, trial: Trial[Any], d
     """
     federation, task = audit.federations[cell.defence], audit.task
     if is_model(trial):
-        params = _params(folder, cell.run)
+        params = _params(folder, cell.run).to(device)
         if cell.seat is Seat.USER:
             return released(federation, task, params, cell.seed)
         return ModelView(task.model, params)
@@ -468,6 +469,22 @@ def released(federation: Federation[Any, Any], task: Task, params: Tensor, seed:
     """Return a fresh view of the released model: queries are counted for each attack apart."""
     rng = Randomness(seed).at("release")
     return call(federation.release, task.model, params, rng=rng, public=task.public)
+
+
+def moved(thing: Any, device: str) -> Any:
+    """Return a value with all tensors in its fields on a device; itself, if they are there."""
+    if isinstance(thing, Tensor):
+        return thing.to(device)
+    if isinstance(thing, tuple | list):
+        new_items = [moved(item, device) for item in thing]
+        same = all(new is item for new, item in zip(new_items, thing, strict=True))
+        return thing if same else type(thing)(new_items)
+    if is_dataclass(thing) and not isinstance(thing, type):
+        inside = {f.name: getattr(thing, f.name) for f in fields(thing) if f.init}
+        new = {name: moved(value, device) for name, value in inside.items()}
+        same = all(new[name] is value for name, value in inside.items())
+        return thing if same else replace(thing, **new)
+    return thing
 
 
 def _params(folder: AuditFolder, training: str) -> Tensor:
