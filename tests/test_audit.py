@@ -31,6 +31,7 @@ from turncoat.games.reconstruction import Reconstruct
 from turncoat.messages import Update
 from turncoat.plan import Audit, Entry, plan, pose, shadow_task
 from turncoat.record import AuditFolder, FolderUnusable, write_records
+from turncoat.runtimes.simulate import simulate
 from turncoat.stages.aggregate.krum import Krum
 from turncoat.stages.aggregate.mean import Mean
 from turncoat.stages.aggregate.norm_bound import NormBound
@@ -105,13 +106,12 @@ def test_what_is_finished_is_never_computed_again(
     small: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs: list[Any] = []
-    simulate = auditing.simulate
 
     def counted(*args: Any, **options: Any) -> Any:
         runs.append(options)
         return simulate(*args, **options)
 
-    monkeypatch.setattr(auditing, "simulate", counted)
+    monkeypatch.setattr("turncoat.audit.simulate", counted)
     audit = audit_of(small)
     first = auditing.run_audit(audit, tmp_path)
     # 4 honest, 4 flipped, 8 shadows, and 3 replays of the round that inversion looks at

@@ -193,7 +193,8 @@ def test_momentum_and_weight_decay_are_those_of_pytorch(task: Task) -> None:
     for _ in range(2):
         for chosen in torch.split(torch.randperm(len(data[1]), generator=rng), 50):
             optimiser.zero_grad()
-            nn.functional.cross_entropy(module(data[0][chosen]), data[1][chosen]).backward()
+            loss = nn.functional.cross_entropy(module(data[0][chosen]), data[1][chosen])
+            torch.autograd.backward(loss)
             optimiser.step()
     theirs = nn.utils.parameters_to_vector(module.parameters())
     torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=0)

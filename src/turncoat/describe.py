@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 _OWN = Path(__file__).parent
-_SHOWN_ONLY = {"report", "audits"}  # what only shows results does not change them
+_SHOWN_ONLY = {"report", "audits", "testing"}  # what only shows results does not change them
 
 
 def describe(thing: Any) -> Any:
