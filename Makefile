@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+CORE := $(VENV)/.core
 READY := $(VENV)/.ready
 OUT ?= audits/digits
 
 .PHONY: audit test check bench reproduce clean
 
-audit: $(READY)
+audit: $(CORE)
 	$(BIN)/turncoat audit --out $(OUT)
 
 test: $(READY)
@@ -20,12 +21,17 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.federation
+	$(BIN)/python -m benchmarks.flower
 
 reproduce: $(READY)
-	$(BIN)/python -m papers.foundation
+	$(BIN)/python -m papers
 
-$(READY): pyproject.toml constraints.txt
+$(CORE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(READY): $(CORE)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 

@@ -1,12 +1,12 @@
 """The same rounds by different means: each contender waits for its turn before every round.
 
-All train LeNet-5 from the same examples with one thread a process, plain SGD and no momentum.
+All train LeNet-5 from the same examples with one thread a process, plain SGD and no momentum. The
+last of ``num_rounds`` is never played: by waiting for it a contender says that its work is done.
 """
 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from turncoat.federation import Federation, Plain
-from turncoat.runtimes.pool import one_thread
+from turncoat.runtimes.seat import one_thread
 from turncoat.runtimes.simulate import simulate
 from turncoat.stages.aggregate.mean import Mean
 from turncoat.stages.train.local import LocalSGD
@@ -30,6 +30,7 @@ from turncoat.tasks.models import Built, LeNet5
 LR, BATCH_SIZE = 0.05, 32
 NET = Built(LeNet5(), (1, 28, 28), 10)
 
+Examples = tuple[Tensor, Tensor]
 Turn = Callable[[], None]  # says that what came before is done, and waits for the word to go on
 Contender = Callable[["Work", Turn], None]
 
@@ -53,7 +54,7 @@ class Work:
         """Return the SGD steps of all clients in one round."""
         return self.num_clients * ceil(self.num_examples / BATCH_SIZE)
 
-    def data(self) -> tuple[Tensor, Tensor]:
+    def data(self) -> Examples:
         """Return the examples in the clients' order. Shapes: ``(n, 1, 28, 28)`` and ``(n,)``."""
         held = load_file(self.examples)
         num = self.num_clients * self.num_examples
@@ -63,7 +64,7 @@ class Work:
 def train(module: nn.Module, inputs: Tensor, labels: Tensor) -> None:
     """Take one epoch of SGD, as anyone would write it for data that fit in memory."""
     optimiser = torch.optim.SGD(module.parameters(), lr=LR)
-    for chosen in torch.randperm(len(labels)).split(BATCH_SIZE):
+    for chosen in torch.split(torch.randperm(len(labels)), BATCH_SIZE):
         optimiser.zero_grad()
         loss = cross_entropy(module(inputs[chosen]), labels[chosen])
         loss.backward()  # type: ignore[no-untyped-call]
@@ -121,7 +122,7 @@ class Turncoat:
             num_rounds=work.num_rounds,
             seed=0,
             num_processes=self.num_processes,
-            on_round=lambda state, _: turn() if state.round < work.num_rounds else None,
+            on_round=lambda *_: turn(),
         )
 
 
@@ -129,23 +130,22 @@ class Turncoat:
 class Flower:
     """FedAvg by Flower's simulation, which runs on Ray, with ``num_processes`` workers.
 
-    A worker keeps its data and its module from message to message, and nothing is evaluated: what
-    is timed is training, and how messages travel.
+    A client builds its module anew for each message, as Flower's tutorial does, but a worker keeps
+    the data, and nothing is evaluated: what is timed is training, and how messages travel.
     """
 
     num_processes: int
 
     def __call__(self, work: Work, turn: Turn) -> None:
-        with tempfile.TemporaryDirectory() as home:
-            os.environ |= {
-                "FLWR_HOME": home,
-                "FLWR_TELEMETRY_ENABLED": "0",
-                "FLWR_DISABLE_UPDATE_CHECK": "1",
-                "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-                "RAY_USAGE_STATS_ENABLED": "0",
-                "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-            }
-            _simulated_by_flower(work, turn, self.num_processes)
+        os.environ |= {
+            "FLWR_HOME": str(work.examples.parent / "flower"),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        }
+        _simulated_by_flower(work, turn, self.num_processes)
 
 
 def _simulated_by_flower(work: Work, turn: Turn, num_processes: int) -> None:
@@ -156,20 +156,19 @@ def _simulated_by_flower(work: Work, turn: Turn, num_processes: int) -> None:
     from flwr.simulation import run_simulation
 
     client, server = ClientApp(), ServerApp()
-    failed: list[str] = []
 
     @client.train()
     def trained(message: Message, context: Context) -> Message:
-        module, inputs, labels = _worker(work)
-        module.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        inputs, labels = _held(work)
+        module = NET()
+        module.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
         first = int(context.node_config["partition-id"]) * work.num_examples
         mine = slice(first, first + work.num_examples)
         train(module, inputs[mine], labels[mine])
-        sent = {
-            "arrays": ArrayRecord(module.state_dict()),
-            "metrics": MetricRecord({"num-examples": work.num_examples}),
-        }
-        return Message(content=RecordDict(sent), reply_to=message)
+        sent = RecordDict()
+        sent["arrays"] = ArrayRecord(module.state_dict())
+        sent["metrics"] = MetricRecord({"num-examples": work.num_examples})
+        return Message(content=sent, reply_to=message)
 
     class Timed(FedAvg):
         """FedAvg whose rounds begin when they are told to."""
@@ -182,7 +181,7 @@ def _simulated_by_flower(work: Work, turn: Turn, num_processes: int) -> None:
             arrived = list(replies)
             sound = [m for m in arrived if not m.has_error()]
             if len(sound) < work.num_clients:
-                failed.append(f"round {server_round}: {len(sound)} of {work.num_clients} replied")
+                raise RuntimeError(f"{len(sound)} of {work.num_clients} clients replied")
             return super().aggregate_train(server_round, arrived)
 
     @server.main()
@@ -207,11 +206,9 @@ def _simulated_by_flower(work: Work, turn: Turn, num_processes: int) -> None:
             "init_args": {"num_cpus": num_processes, "include_dashboard": False},
         },
     )
-    if failed:
-        raise RuntimeError(f"Flower lost messages: {'; '.join(failed[:3])}")
 
 
 @lru_cache
-def _worker(work: Work) -> tuple[nn.Module, Tensor, Tensor]:
+def _held(work: Work) -> Examples:
     one_thread()
-    return NET(), *work.data()
+    return work.data()

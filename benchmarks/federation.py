@@ -33,10 +33,11 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
 NUM_EXAMPLES = 60_000  # all of MNIST's training set
 WARM_UP = 1  # rounds that nobody times: workers start in them
+NEVER_PLAYED = 1  # the last one
 
 PLAIN, BARE = "plain PyTorch loop", "two bare loops, two processes"
 ONE, TWO = "Turncoat, 1 process", "Turncoat, 2 processes"
-FLOWER = "Flower's simulation, 2 workers"
+FLOWER = "Flower's simulation, 2 processes"
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,14 @@ class ContenderBroke(RuntimeError):
     """A contender ended before its last round."""
 
 
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What one round took: on the clock, and on the cores, those of all its processes added."""
+
+    seconds: float
+    core_seconds: float
+
+
 class Racer:
     """A contender in processes of its own that wait for the word."""
 
@@ -88,13 +97,14 @@ class Racer:
     def pids(self) -> list[int]:
         return [process.pid for process, _ in self._parts if process.pid is not None]
 
-    def round(self) -> float:
-        """Let it play one round; return the seconds until its last part was done."""
-        began = time.perf_counter()
+    def round(self) -> Round:
+        """Let it play one round, until its last part is done."""
+        before, began = _core_seconds(self.pids), time.perf_counter()
         for _, pipe in self._parts:
             pipe.send(None)
         self._await()
-        return time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        return Round(seconds, _core_seconds(self.pids) - before)
 
     def end(self) -> None:
         for process, pipe in self._parts:
@@ -128,7 +138,6 @@ def _take_part(contender: Contender, work: Work, pipe: Connection, log: Path) ->
 
     with suppress(EOFError):
         contender(work, turn)
-        turn()
 
 
 @contextmanager
@@ -149,20 +158,27 @@ def racing(
 
 def race(
     contenders: Mapping[str, Sequence[Contender]], work: Work, logs: Path
-) -> dict[str, list[float]]:
-    """Return the seconds of every timed round; each repetition begins with another contender."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+) -> dict[str, list[Round]]:
+    """Return every timed round; each repetition begins with another contender."""
+    rounds: dict[str, list[Round]] = {name: [] for name in contenders}
     with racing(contenders, work, logs) as racers:
-        for repeat in range(work.num_rounds - WARM_UP):
+        for repeat in range(work.num_rounds - WARM_UP - NEVER_PLAYED):
             first = repeat % len(racers)
             for racer in racers[first:] + racers[:first]:
-                seconds[racer.name].append(racer.round())
-    return seconds
+                rounds[racer.name].append(racer.round())
+    return rounds
 
 
-def gain(seconds: Mapping[str, Sequence[float]], fast: str, slow: str) -> float:
+def gain(rounds: Mapping[str, Sequence[Round]], fast: str, slow: str) -> float:
     """Return how many rounds ``fast`` plays for one of ``slow``: the median of paired ratios."""
-    return median(s / f for f, s in zip(seconds[fast], seconds[slow], strict=True))
+    pairs = zip(rounds[fast], rounds[slow], strict=True)
+    return median(s.seconds / f.seconds for f, s in pairs)
+
+
+def cheaper(rounds: Mapping[str, Sequence[Round]], fast: str, slow: str) -> float:
+    """Return how many times the core-seconds of ``fast`` a round of ``slow`` takes."""
+    taken = [median(r.core_seconds for r in rounds[name]) for name in (slow, fast)]
+    return taken[0] / taken[1] if taken[1] else float("nan")
 
 
 class Memory:
@@ -208,6 +224,18 @@ def _tree(roots: Sequence[int]) -> set[int]:
     return tree
 
 
+def _core_seconds(roots: Sequence[int]) -> float:
+    """Return what a tree of processes has computed so far; 0 where there is no /proc."""
+    if not Path("/proc/self/stat").exists():
+        return 0.0
+    ticks = 0
+    for pid in _tree(roots):
+        with suppress(OSError):
+            stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(stat[11]) + int(stat[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def _held(pid: int) -> int:
     with suppress(OSError):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
@@ -226,14 +254,14 @@ class Scale:
 
 
 def scale(num_clients: int, num_examples: int, rounds: int, examples: Path, logs: Path) -> Scale:
-    work = Work(examples, num_clients, num_examples, rounds + WARM_UP)
+    work = Work(examples, num_clients, num_examples, rounds + WARM_UP + NEVER_PLAYED)
     racer = Racer(f"{num_clients} clients", [Turncoat(2)], work, logs)
     watched = Path("/proc/self/smaps_rollup").exists()
     try:
         with Memory(racer.pids if watched else []) as memory:
             for _ in range(WARM_UP):
                 racer.round()
-            seconds = median(racer.round() for _ in range(rounds))
+            seconds = median(racer.round().seconds for _ in range(rounds))
     finally:
         racer.end()
     return Scale(num_clients, seconds, memory.peak if watched else None)
@@ -281,32 +309,37 @@ def load() -> str:
     return ", ".join(f"{number:.1f}" for number in os.getloadavg())
 
 
-def race_table(race: Race, work: Work, seconds: Mapping[str, Sequence[float]]) -> list[str]:
+def race_table(race: Race, work: Work, rounds: Mapping[str, Sequence[Round]]) -> list[str]:
     lines = [
-        f"### {race.num_clients} clients x {race.num_examples} examples: {work.steps} steps a round",
+        f"### {race.num_clients} clients x {race.num_examples} examples",
         "",
-        "| | seconds a round | fastest - slowest | client steps / s | against the plain loop |",
-        "|---|---:|---:|---:|---:|",
+        f"{work.steps} client steps a round.",
+        "",
+        "| | client steps / s | seconds a round | fastest - slowest | core-seconds | "
+        "against the plain loop |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
-    for name, times in seconds.items():
-        middle = median(times)
+    for name, played in rounds.items():
+        seconds = [r.seconds for r in played]
         lines.append(
-            f"| {name} | {middle:.3f} | {min(times):.3f} - {max(times):.3f} | "
-            f"{work.steps / middle:,.0f} | {gain(seconds, name, PLAIN):.2f} |"
+            f"| {name} | {work.steps / median(seconds):,.0f} | {median(seconds):.3f} | "
+            f"{min(seconds):.3f} - {max(seconds):.3f} | "
+            f"{median(r.core_seconds for r in played):.2f} | {gain(rounds, name, PLAIN):.2f} |"
         )
     lines.append("")
     for t in race.targets:
-        if t.fast in seconds and t.slow in seconds:
-            reached = gain(seconds, t.fast, t.slow)
-            met = "met" if reached >= t.factor else "missed"
+        if t.fast in rounds and t.slow in rounds:
+            reached = gain(rounds, t.fast, t.slow)
+            work_saved = cheaper(rounds, t.fast, t.slow)
             lines.append(
-                f"- {t.fast}, plays {reached:.2f} rounds for one of {t.slow}; "
-                f"{t.factor:.2f} was promised: {met}."
+                f"- {t.fast}, against {t.slow}: {reached:.2f} times as fast; {t.factor:.2f} is "
+                f"promised: {'met' if reached >= t.factor else 'missed'}. By core-seconds it is "
+                f"{work_saved:.2f}."
             )
     return [*lines, ""]
 
 
-def scale_table(scales: Sequence[Scale], num_examples: int, empty: int) -> list[str]:
+def scale_table(scales: Sequence[Scale], num_examples: int) -> list[str]:
     lines = [
         f"### All of n clients sampled, {num_examples} examples each, 2 processes",
         "",
@@ -333,7 +366,7 @@ def measure(repeats: int, quick: bool, with_flower: bool, say: Callable[[str], N
     }
     if absent is None:
         contenders[FLOWER] = [Flower(2)]
-    before = load()
+    before, busy = load(), os.getloadavg()[0] > 0.5
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         said = examples(folder)
@@ -341,7 +374,7 @@ def measure(repeats: int, quick: bool, with_flower: bool, say: Callable[[str], N
         tables = []
         for r in RACES:
             say(f"{r.num_clients} clients x {r.num_examples}: {repeats} rounds each ...")
-            work = Work(held, r.num_clients, r.num_examples, repeats + WARM_UP)
+            work = Work(held, r.num_clients, r.num_examples, repeats + WARM_UP + NEVER_PLAYED)
             tables += race_table(r, work, race(contenders, work, folder))
         scales = []
         num_examples = 6
@@ -349,13 +382,16 @@ def measure(repeats: int, quick: bool, with_flower: bool, say: Callable[[str], N
             say(f"{num_clients:,} clients x {num_examples} ...")
             rounds = 1 if quick or num_clients > 1_000 else 3
             scales.append(scale(num_clients, num_examples, rounds, held, folder))
-        tables += scale_table(scales, num_examples, 0)
+        tables += scale_table(scales, num_examples)
+    size = sum(p.numel() for p in NET().parameters())
     facts = [
         f"- Machine: {machine()}.",
-        f"- Data: {said}; model: LeNet-5, {sum(p.numel() for p in NET().parameters()):,} parameters.",
+        f"- Data: {said}; model: LeNet-5, {size:,} parameters.",
         f"- Rounds of each contender, interleaved: {repeats}, after {WARM_UP} to warm up.",
         f"- Load (1, 5, 15 minutes) before: {before}; after: {load()}.",
     ]
+    if busy:
+        facts.append("- The machine was busy with other work: seconds say little, run it again.")
     if absent is not None:
         facts.append(f"- {FLOWER}: {absent}.")
     return [*facts, "", *tables]
@@ -370,14 +406,14 @@ Every contender trains LeNet-5 for one local epoch of plain SGD in batches of 32
 one thread, on the same examples. All are alive at once and take turns, one round each, so that what
 else the machine does falls on all of them alike; start-up and the first round are left out. Seconds
 are medians, ratios are medians of the ratios within a turn. A client step is one step of SGD at one
-client.
+client. Core-seconds are those of all processes of a contender, and change least on a busy machine.
 
 - *plain PyTorch loop*: an `nn.Module` and `torch.optim.SGD`, client after client, in one process.
   Nothing travels, nothing is averaged.
-- *two bare loops*: the same, half of the clients each: the floor under any runtime of two processes.
+- *two bare loops*: the same with half of the clients each: the floor under any two processes.
 - *Turncoat*: FedAvg with `Plain` and `Mean`, sampling, addressed randomness and all checks.
-- *Flower's simulation*: FedAvg of Flower on Ray with two workers that keep their module and data
-  between messages; nothing is evaluated.
+- *Flower's simulation*: FedAvg of Flower on Ray, with two workers that hold the data; a client
+  trains by the plain loop, and nothing is evaluated.
 
 Memory is the sum of the proportional set sizes of all Turncoat's processes, so what they share is
 counted once. PyTorch itself and the data set are in it: 60,000 examples are 188 MB, of which a run

@@ -167,9 +167,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_overrides_reach_any_key(tmp_path: Path) -> None:
     path = written(tmp_path)
     audit = load(
-        path, overrides=["rounds=7", "task.num_clients = 4", "attack.loss.seats=['server']"]
+        path, overrides=["rounds=7", "task.num_clients = 5", "attack.loss.seats=['server']"]
     )
-    assert audit.num_rounds == 7 and len(audit.task.clients) == 4
+    assert audit.num_rounds == 7 and len(audit.task.clients) == 5
     assert audit.entries["loss"].seats == (Seat.SERVER,)
     assert load(path, num_seeds=3).seeds == (0, 1, 2)
     with pytest.raises(ConfigError, match="not of the form"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,29 @@ def test_a_long_stream_is_summed_right(task: Task) -> None:
     start = task.model.initial(Randomness(0).at("begin"))
     right = start - 0.5 * task.model.gradient(start, (inputs, labels))
     torch.testing.assert_close(streamed.state.params, right, atol=1e-6, rtol=0)
+
+
+@dataclass(frozen=True)
+class Impatient:
+    """Reads only the first few messages of a round."""
+
+    def __call__(self, messages: Iterable[Clear]) -> Tensor:
+        return Clear.total(islice(messages, 3)).open()
+
+
+def test_a_rule_that_stops_reading_leaves_nothing_behind_for_the_next_round(task: Task) -> None:
+    inputs, labels = task.test[0][:400], task.test[1][:400]
+    many = replace(task, clients=Shards(inputs, labels, tuple(range(0, 401, 2))))
+    fed = replace(MEAN, aggregate=Impatient())
+    one, two = (simulate(fed, many, num_rounds=3, seed=0, num_processes=n) for n in (1, 2))
+    assert torch.equal(one.state.params, two.state.params)
+
+
+def test_more_clients_than_there_are_rows_give_the_bits_of_one_process(task: Task) -> None:
+    inputs, labels = task.test[0][:400], task.test[1][:400]
+    many = replace(task, clients=Shards(inputs, labels, tuple(range(0, 401, 2))))
+    one, two = (simulate(MEAN, many, num_rounds=2, seed=0, num_processes=n) for n in (1, 2))
+    assert torch.equal(one.state.params, two.state.params)
 
 
 def test_fedsgd_is_one_step_along_the_gradient(task: Task) -> None:

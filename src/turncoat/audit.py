@@ -48,20 +48,28 @@ from turncoat.runtimes.pool import become_worker, context
 from turncoat.runtimes.saved import (
     State,
     Unreadable,
+    Unwritable,
     read_state,
     read_tensors,
     write_state,
     write_tensors,
 )
-from turncoat.runtimes.simulate import Incident, Played, one_thread, simulate
+from turncoat.runtimes.seat import Incident
+from turncoat.runtimes.simulate import Played, Run, one_thread, simulate
 from turncoat.stage import call, matches
 from turncoat.task import Task
-from turncoat.trial import Cell, Failed, Marked, Sabotage, Scored, Trial
+from turncoat.trial import Blocked, Cell, Failed, Marked, Sabotage, Scored, Trial
 from turncoat.views import ModelView, QueryView, Seat, Shadows
 
 __all__ = ["Audit", "AuditFolder", "Entry", "Event", "FolderUnusable", "run_audit"]
 
 _CHECKPOINT_SECONDS = 20.0
+
+Runtime = Callable[..., Run]  # takes what ``simulate`` takes, and gives the same bits
+
+
+class WorkerDied(RuntimeError):
+    """The system ended a worker process: nobody knows what became of its work."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,7 @@ def run_audit(
     update: bool = False,
     command: str = "",
     on_event: Callable[[Event], None] = lambda event: None,
+    runtime: Runtime = simulate,
 ) -> dict[Planned, Cell]:
     """Return every cell; what ``folder`` holds is read, the rest is computed and written.
 
@@ -113,13 +122,14 @@ def run_audit(
     Args:
         num_jobs: How many processes train and attack, of one thread each.
         update: Go on in a folder that holds another audit.
+        runtime: Who plays the rounds: ``simulate``, or Flower, which gives the same bits.
     """
     there, todo = AuditFolder(folder), plan(audit)
     there.claim(audit, update=update)
     with there.locked():
         write_plan(folder, audit, todo, command)
         try:
-            return _Work(audit, there, todo, device, on_event).run(num_jobs)
+            return _Work(audit, there, todo, device, on_event, runtime).run(num_jobs)
         finally:
             write_records(folder)
 
@@ -134,7 +144,9 @@ class _Work:
         todo: Plan,
         device: str,
         on_event: Callable[[Event], None],
+        runtime: Runtime,
     ) -> None:
+        self.runtime = runtime
         self.audit, self.folder, self.plan = audit, folder, todo
         self.device, self.on_event = device, on_event
         self.cells: dict[Planned, Cell] = {}
@@ -145,6 +157,8 @@ class _Work:
         for cell in self.plan.cells:
             if cell.settled is not None:
                 self.cells[cell] = cell.settled
+                if isinstance(cell.settled, Failed):
+                    note_failure(self.folder.cell(cell.key), cell.settled.error)
             elif (known := read_cell(self.folder, cell.key)) is not None:
                 self.cells[cell] = known[0]
             else:
@@ -164,16 +178,17 @@ class _Work:
         return dict(sorted(self.cells.items(), key=lambda item: order[item[0]]))
 
     def _alone(self, trainings: list[Training]) -> None:
+        audit, folder, how = self.audit, self.folder, (self.device, self.runtime)
         with one_thread():
             for training in trainings:
-                self._finish(training, *train(self.audit, self.folder, training, self.device))
+                self._finish(training, *train(audit, folder, training, *how))
                 for cell in self._ready():
-                    self._settle(cell, *settle(self.audit, self.folder, cell, self.device))
+                    self._settle(cell, *settle(audit, folder, cell, *how))
             for cell in self._ready():
-                self._settle(cell, *settle(self.audit, self.folder, cell, self.device))
+                self._settle(cell, *settle(audit, folder, cell, *how))
 
     def _spread(self, trainings: list[Training], num_jobs: int) -> None:
-        fixed = (self.audit, self.folder, self.device)
+        fixed = (self.audit, self.folder, self.device, self.runtime)
         queue: list[Training | Planned] = [*self._ready(), *trainings]
         running: dict[Future[Any], Training | Planned] = {}
         pool = ProcessPoolExecutor(num_jobs, context(), _begin, fixed)
@@ -191,13 +206,14 @@ class _Work:
                     else:
                         self._settle(unit, *future.result())
         except BrokenProcessPool as error:
-            raise RuntimeError(
+            raise WorkerDied(
                 "a worker process died, as when memory runs out: use fewer --jobs; what is "
                 "finished is kept, and the same command goes on"
             ) from error
         finally:
+            workers = list((pool._processes or {}).values())  # which a pool that is shut forgets
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list((pool._processes or {}).values()):
+            for process in workers:
                 process.terminate()
 
     def _ready(self) -> list[Planned]:
@@ -244,7 +260,7 @@ def summary(todo: Plan, num_trainings: int | None = None, num_cells: int | None 
     """Return how much there is to do, in a sentence."""
     trainings = todo.trainings.values()
     shadows = sum(t.shadow is not None for t in trainings)
-    blocked = sum(c.settled is not None for c in todo.cells)
+    blocked = sum(isinstance(c.settled, Blocked) for c in todo.cells)
     said = (
         f"{len(todo.cells)} cells ({blocked} blocked), {len(todo.trainings) - shadows} trainings "
         f"and {shadows} shadow models"
@@ -265,14 +281,18 @@ def _begin(*fixed: Any) -> None:
 
 
 def _do(unit: Training | Planned) -> tuple[Any, float]:
-    audit, folder, device = _here
+    audit, folder, *how = _here
     if isinstance(unit, Training):
-        return train(audit, folder, unit, device)
-    return settle(audit, folder, unit, device)
+        return train(audit, folder, unit, *how)
+    return settle(audit, folder, unit, *how)
 
 
 def train(
-    audit: Audit, folder: AuditFolder, training: Training, device: str
+    audit: Audit,
+    folder: AuditFolder,
+    training: Training,
+    device: str,
+    runtime: Runtime = simulate,
 ) -> tuple[str | None, float]:
     """Run a training, or the rest of it, and save what it leaves; return why it failed, if so."""
     began = time.perf_counter()
@@ -302,7 +322,7 @@ def train(
                 _write_draft(draft, now, log, history)
                 saved_at = time.perf_counter()
 
-        run = simulate(
+        run = runtime(
             federation,
             task,
             num_rounds=audit.num_rounds,
@@ -315,7 +335,7 @@ def train(
         )
         if log and all(p.aborted for p in log):
             raise RuntimeError(f"every round was aborted: {log[-1].incidents[-1].what}")
-    except OSError:
+    except Unwritable:
         raise  # of the folder, and not of the training: nothing to go on with
     except Exception as error:
         return f"{type(error).__name__}: {error}", time.perf_counter() - began
@@ -370,7 +390,13 @@ def shown_score(federation: Federation[Any, Any], task: Task, params: Tensor, se
     return float(task.metric(view.scores(inputs), labels).mean())
 
 
-def settle(audit: Audit, folder: AuditFolder, cell: Planned, device: str) -> tuple[Cell, float]:
+def settle(
+    audit: Audit,
+    folder: AuditFolder,
+    cell: Planned,
+    device: str,
+    runtime: Runtime = simulate,
+) -> tuple[Cell, float]:
     """Mount a cell's attack, mark and save what comes of it."""
     began = time.perf_counter()
     trial = audit.entries[cell.attack].trial
@@ -378,9 +404,9 @@ def settle(audit: Audit, folder: AuditFolder, cell: Planned, device: str) -> tup
         marked = (
             _sabotage(audit, folder, cell, trial)
             if isinstance(trial, Sabotage)
-            else _play(audit, folder, cell, trial, device)
+            else _play(audit, folder, cell, trial, device, runtime)
         )
-    except (OSError, Unreadable):
+    except (Unwritable, Unreadable):
         raise
     except Exception as error:  # a cell that failed says so, and is tried again next time
         return Failed(f"{type(error).__name__}: {error}"), time.perf_counter() - began
@@ -400,13 +426,19 @@ def _sabotage(audit: Audit, folder: AuditFolder, cell: Planned, trial: Sabotage)
 
 
 def _play(
-    audit: Audit, folder: AuditFolder, cell: Planned, trial: Trial[Any], device: str
+    audit: Audit,
+    folder: AuditFolder,
+    cell: Planned,
+    trial: Trial[Any],
+    device: str,
+    runtime: Runtime,
 ) -> Marked:
     federation, seed = audit.federations[cell.defence], cell.seed
     question, truth = pose(audit, federation, trial.game, trial.at, seed)
     if cell.shadows:
         question = replace(question, shadows=_shadows(audit, folder, cell, trial.game, question))
-    view, question = _view(audit, folder, cell, trial, device), moved(question, device)
+    view = _view(audit, folder, cell, trial, device, runtime)
+    question = moved(question, device)
     asked = {f.name: getattr(question, f.name) for f in fields(question)}
     randomness, name = Randomness(seed), fingerprint(trial)
     guess = call(trial.attack, view, rng=randomness.at("attack" + name), **asked)
@@ -422,7 +454,14 @@ def _shadows(audit: Audit, folder: AuditFolder, cell: Planned, game: Any, questi
     return Shadows(tuple(models), torch.stack(inside))
 
 
-def _view(audit: Audit, folder: AuditFolder, cell: Planned, trial: Trial[Any], device: str) -> Any:
+def _view(
+    audit: Audit,
+    folder: AuditFolder,
+    cell: Planned,
+    trial: Trial[Any],
+    device: str,
+    runtime: Runtime,
+) -> Any:
     """Return what the seat sees: the final model as it holds it, or a round that is played again.
 
     A round is replayed from the state before it, which gives the same bits and keeps on disk one
@@ -435,7 +474,7 @@ def _view(audit: Audit, folder: AuditFolder, cell: Planned, trial: Trial[Any], d
             return released(federation, task, params, cell.seed)
         return ModelView(task.model, params)
     first = 0 if trial.whole else trial.at % audit.num_rounds
-    run = simulate(
+    run = runtime(
         federation,
         task,
         num_rounds=audit.num_rounds,

@@ -6,10 +6,12 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum, StrEnum
+from functools import partial
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,9 +19,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from turncoat.flower.commands import app as flower_app
+
 if TYPE_CHECKING:
     from turncoat.audit import Event
-    from turncoat.plan import Audit
+    from turncoat.plan import Audit, Planned
+    from turncoat.trial import Cell
 
 
 class Exit(IntEnum):
@@ -30,7 +35,16 @@ class Exit(IntEnum):
     BAD_INPUT = 2  # the command or the file: nothing was computed
     FAILED_CELLS = 3  # done, but some attacks or trainings broke down
     BAD_FOLDER = 4  # the folder or the disk: what is finished is kept
+    WORKER_DIED = 5  # a process was killed, as when memory runs out: what is finished is kept
     INTERRUPTED = 130  # Ctrl-C: what is finished is kept
+
+
+class RunsOn(StrEnum):
+    """Who plays the rounds. The bits of the result are the same."""
+
+    SIMULATE = "simulate"
+    FLOWER = "flower"
+    FLOWER_RAY = "flower-ray"
 
 
 class Kind(StrEnum):
@@ -47,6 +61,7 @@ _CODES = "\n\n".join(
         Exit.BAD_INPUT: "the command or the file is wrong; nothing was computed",
         Exit.FAILED_CELLS: "done, but some attacks or trainings broke down",
         Exit.BAD_FOLDER: "the folder or the disk is; what is finished is kept",
+        Exit.WORKER_DIED: "a process was killed, as when memory runs out; what is finished is kept",
         Exit.INTERRUPTED: "Ctrl-C; what is finished is kept",
     }.items()
 )
@@ -59,7 +74,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+app.add_typer(flower_app, name="flower")
+# a terminal's lines are broken at words; whoever reads a pipe gets them whole
+out, err = (
+    Console(stderr=e, highlight=False, soft_wrap=not s.isatty())
+    for e, s in ((False, sys.stdout), (True, sys.stderr))
+)
 
 File = Annotated[
     str | None,
@@ -87,6 +107,9 @@ def audit(
     update: Annotated[
         bool, typer.Option("--update", help="Go on in a folder that holds another audit.")
     ] = False,
+    runtime: Annotated[
+        RunsOn, typer.Option(help="Who plays the rounds; Flower gives the same bits.")
+    ] = RunsOn.SIMULATE,
 ) -> None:
     """Play every attack against every defence, and write a report.
 
@@ -94,8 +117,7 @@ def audit(
     """
     with _errors_in_words():
         from turncoat.audit import run_audit
-        from turncoat.record import FolderUnusable
-        from turncoat.trial import Failed
+        from turncoat.record import FolderUnusable, num_left_out
 
         path = _file(file)
         wanted = _load(path, settings, seeds)
@@ -107,8 +129,9 @@ def audit(
                 cells = run_audit(
                     wanted,
                     where,
-                    num_jobs=jobs or _cores(),
+                    num_jobs=1 if runtime is RunsOn.FLOWER_RAY else jobs or _cores(),
                     device=device,
+                    runtime=_runtime(runtime, jobs or _cores()),
                     update=update,
                     command=shlex.join(["turncoat", *sys.argv[1:]]),
                     on_event=on_event,
@@ -121,10 +144,14 @@ def audit(
                 f"cannot write to {where}: {error.strerror or error}: make room, or choose another "
                 "--out; what is finished is kept, and the same command goes on"
             ) from error
-        failed = {c: r for c, r in cells.items() if isinstance(r, Failed)}
-        for cell, result in failed.items():
-            said = f"{cell.attack} at {cell.seat}, {cell.defence}: {result.error}"
-            err.print(f"[yellow]failed[/yellow] {escape(said)}")
+        failed = _failures(cells)
+        for why, names in failed.items():
+            err.print(f"[yellow]failed[/yellow] {escape(f'{why} ({names})')}", soft_wrap=True)
+        if left_out := num_left_out(where):
+            said = (
+                "clients were left out of a round for what they sent; the report says who and why"
+            )
+            err.print(f"[yellow]{left_out} times[/yellow] {said}", soft_wrap=True)
         out.print(f"\nReport: [bold]{escape(str(page))}[/bold]")
         if failed:
             raise typer.Exit(Exit.FAILED_CELLS)
@@ -172,12 +199,8 @@ def report(
 ) -> None:
     """Make the page of an audit again from what its folder holds."""
     with _errors_in_words():
-        from turncoat.record import FolderUnusable, write_records
+        from turncoat.record import write_records
 
-        if not (folder / "plan.json").exists():
-            raise FolderUnusable(
-                f"{folder} holds no plan.json, so no audit: give the --out of an audit"
-            )
         write_records(folder)
         out.print(f"\nReport: [bold]{escape(str(_report(folder)))}[/bold]")
 
@@ -206,7 +229,10 @@ def _file(name: str | None) -> Path:
         from turncoat.config import ConfigError
 
         names = ", ".join(sorted(p.stem for p in shipped.glob("*.toml")))
-        raise ConfigError(f"there is no file {path}, nor an audit of that name; there are {names}")
+        raise ConfigError(
+            f"there is no file {path}, and no audit of that name comes along: give a TOML file, or "
+            f"one of {names}"
+        )
     return path
 
 
@@ -214,6 +240,19 @@ def _load(path: Path, settings: list[str] | None, seeds: int | None) -> Audit:
     from turncoat.config import load
 
     return load(path, overrides=settings or (), num_seeds=seeds)
+
+
+def _failures(cells: Mapping[Planned, Cell]) -> dict[str, str]:
+    """Return what went wrong, and at which cells: one training may have failed many."""
+    from turncoat.trial import Failed
+
+    found: dict[str, list[str]] = {}
+    for cell, result in cells.items():
+        if isinstance(result, Failed):
+            name = f"{cell.attack} at {cell.seat}, {cell.defence}"
+            names = found.setdefault(result.error, [])
+            names += [name] if name not in names else []
+    return {error: "; ".join(names) for error, names in found.items()}
 
 
 def _report(folder: Path) -> Path:
@@ -229,6 +268,25 @@ def _report(folder: Path) -> Path:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _runtime(name: RunsOn, num_jobs: int) -> Any:
+    """Return what plays the rounds of an audit. Flower's simulation has the jobs as its workers."""
+    from turncoat.config import ConfigError
+
+    if name is RunsOn.SIMULATE:
+        from turncoat.runtimes.simulate import simulate
+
+        return simulate
+    extra = {RunsOn.FLOWER: ("flwr", "flower"), RunsOn.FLOWER_RAY: ("ray", "ray")}[name]
+    if find_spec(extra[0]) is None:
+        raise ConfigError(
+            f"--runtime {name} needs {extra[0]}, which is not installed: "
+            f"pip install 'turncoat[{extra[1]}]'"
+        )
+    from turncoat.runtimes.flower.engines import in_process, on_ray
+
+    return in_process if name is RunsOn.FLOWER else partial(on_ray, num_processes=num_jobs)
 
 
 def _check_device(name: str) -> None:
@@ -253,14 +311,17 @@ def _errors_in_words() -> Iterator[None]:
     except typer.Exit:
         raise
     except Exception as error:
+        from turncoat.audit import WorkerDied
         from turncoat.config import ConfigError
         from turncoat.record import FolderUnusable
-        from turncoat.runtimes.saved import Unreadable
+        from turncoat.runtimes.saved import Unreadable, Unwritable
 
         if isinstance(error, ConfigError):
             code = Exit.BAD_INPUT
-        elif isinstance(error, FolderUnusable | Unreadable):
+        elif isinstance(error, FolderUnusable | Unreadable | Unwritable):
             code = Exit.BAD_FOLDER
+        elif isinstance(error, WorkerDied):
+            code = Exit.WORKER_DIED
         elif isinstance(error, ValueError | TypeError) and "TURNCOAT_DEBUG" not in os.environ:
             code = Exit.BAD_INPUT
         else:

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import tomllib
+import traceback
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -13,13 +14,17 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
+from torch.nn.functional import cross_entropy
 
 from turncoat.audit import Audit, Entry
 from turncoat.brought import import_file
 from turncoat.coalition import Coalition
+from turncoat.describe import is_users
 from turncoat.federation import STAGES, Federation
 from turncoat.parts import PARTS
-from turncoat.stage import Broadcast, Channel, IncompatibleStages, Prepare, Train, stands
+from turncoat.randomness import Randomness
+from turncoat.runtimes.simulate import cohorts
+from turncoat.stage import Broadcast, Channel, IncompatibleStages, Prepare, Train, stands, within
 from turncoat.task import Task
 from turncoat.trial import Memberships, Reconstruction, Sabotage, Trial
 from turncoat.validate import nearest
@@ -64,11 +69,13 @@ def load(path: Path, *, overrides: Sequence[str] = (), num_seeds: int | None = N
         num_seeds: Audit the seeds 0 to ``num_seeds - 1``, whatever the file says.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
     except FileNotFoundError:
         raise ConfigError(f"there is no file {path}: give a TOML file, or no name at all") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as text: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}: give a TOML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no text in UTF-8 ({error}): save it as UTF-8") from None
     where = Where(path.name, path.resolve().parent)
     try:
         tables = tomllib.loads(text)
@@ -88,13 +95,15 @@ def _audit(tables: dict[str, Any], where: Where, text: str, overrides: tuple[str
             raise ConfigError(f"{where} lacks the table [{table}]")
     task = build(tables["task"], where / "task", kind="task")
     if not isinstance(task, Task):
-        raise ConfigError(f"{where / 'task'}: {tables['task']['use']!r} made {task!r} and no Task")
+        named = _as_table(tables["task"], where / "task")["use"]
+        raise ConfigError(f"{where / 'task'}: {named!r} made {task!r} and no Task")
+    _check_task(task, where / "task")
     base = _federation(tables["federation"], where / "federation")
     defences = {
         name: _defence(name, parts, where / "defence" / name)
         for name, parts in _table(tables, "defence", where).items()
     }
-    columns = _strings(tables.get("defences", ["none", *defences]), where / "defences")
+    columns = _columns(tables.get("defences", ["none", *defences]), where / "defences")
     federations, titles = {"none": base}, {"none": "no defence"}
     for column in columns:
         if column != "none":
@@ -107,29 +116,88 @@ def _audit(tables: dict[str, Any], where: Where, text: str, overrides: tuple[str
     }
     if not entries:
         raise ConfigError(f"{where} names no attack: add a table [attack.NAME]")
-    seeds = tables.get("seeds", 1)
-    if isinstance(seeds, int) and not isinstance(seeds, bool):
-        if seeds < 1:
-            raise ConfigError(f"{where / 'seeds'} = {seeds}: it must be at least 1")
-        seeds = list(range(seeds))
+    seeds = _seeds(tables.get("seeds", 1), where / "seeds")
     rounds = _value(int, tables.get("rounds", 10), where / "rounds")
     if rounds < 1:
         raise ConfigError(f"{where / 'rounds'} = {rounds}: it must be at least 1")
     delta = _value(float, tables.get("delta", 1e-5), where / "delta")
     if not 0 < delta < 1:
         raise ConfigError(f"{where / 'delta'} = {delta}: it must be between 0 and 1")
+    for column, federation in federations.items():
+        at = where / "federation" if column == "none" else where / "defence" / column
+        _check_cohorts(federation, len(task.clients), rounds, seeds[0], at)
     return Audit(
         title=_value(str, tables.get("title", where.file), where / "title"),
         task=task,
         federations=federations,
         entries=entries,
         num_rounds=rounds,
-        seeds=tuple(_value(list[int], seeds, where / "seeds")),
+        seeds=seeds,
         delta=delta,
         titles=titles,
         text=text,
         overrides=overrides,
     )
+
+
+def _check_task(task: Task, where: Where) -> None:
+    """Refuse what a task of one's own can get wrong, before hours are spent on it."""
+    if not len(task.clients) or not any(task.sizes):
+        raise ConfigError(f"{where}: {task.name!r} has no clients with examples: add some")
+    inputs, labels = task.test
+    if not len(labels):
+        raise ConfigError(f"{where}: {task.name!r} has no test examples: hold some out")
+    start = task.model.initial(Randomness(0).at("begin"))
+    try:
+        outputs = task.model.logits(start, inputs[:1])
+    except Exception as error:
+        raise ConfigError(
+            f"{where}: the model of {task.name!r} cannot read a test example of shape "
+            f"{tuple(inputs.shape[1:])}: {_said(error)}"
+        ) from error
+    if task.model.criterion is not cross_entropy or labels.dim() != 1 or outputs.dim() != 2:
+        return
+    num_classes = outputs.shape[1]
+    owned = {task.name_of(c): y for c, (_, y) in enumerate(task.clients)}
+    for owner, held in ({"the test set": labels} | owned).items():
+        if len(held) and (int(held.min()) < 0 or int(held.max()) >= num_classes):
+            raise ConfigError(
+                f"{where}: labels of {owner} run from {int(held.min())} to {int(held.max())}, but "
+                f"the model of {task.name!r} has {num_classes} outputs: number the classes 0 to "
+                f"{num_classes - 1}"
+            )
+
+
+def _check_cohorts(
+    federation: Federation[Any, Any], num_clients: int, rounds: int, seed: int, where: Where
+) -> None:
+    """Refuse a federation whose rule no cohort is large enough for."""
+    try:
+        most = max(map(len, cohorts(federation, num_clients, num_rounds=rounds, seed=seed)))
+        for rule in within(federation.aggregate):
+            if hasattr(rule, "check_cohort"):
+                rule.check_cohort(most)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    if most < federation.min_clients:
+        raise ConfigError(
+            f"{where}: min_clients = {federation.min_clients}, but a round has {most} at most: "
+            "lower it or sample more clients"
+        )
+
+
+def _seeds(value: Any, where: Where) -> tuple[int, ...]:
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value < 1:
+            raise ConfigError(f"{where} = {value}: it must be at least 1")
+        return tuple(range(value))
+    if not isinstance(value, list):
+        raise ConfigError(f"{where} = {value!r}: say how many, or list them: [0, 1, 2]")
+    found: list[int] = _value(list[int], value, where)
+    if not found or len(set(found)) < len(found):
+        fault = "names one seed twice" if found else "names no seed"
+        raise ConfigError(f"{where} = {found!r} {fault}: list each that is wanted once")
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -187,9 +255,19 @@ def _defence(name: str, parts: Any, where: Where) -> Defence:
     return defence
 
 
+def _columns(value: Any, where: Where) -> list[str]:
+    """Return the names of the columns, spelt alike: one column is not two."""
+    spelt = [" | ".join(name.strip() for name in c.split("|")) for c in _strings(value, where)]
+    return _strings(spelt, where)
+
+
 def _column(column: str, defences: Mapping[str, Defence], where: Where) -> Defence:
-    names = [name.strip() for name in column.split("|")]
+    names = column.split(" | ")
     for name in names:
+        if name == "none":
+            raise ConfigError(
+                f"{where} = {column!r}: 'none' cannot be combined: name the others alone"
+            )
         if name not in defences:
             raise ConfigError(
                 f"{where} names {name!r}, but there is no table [defence.{name}]; "
@@ -242,6 +320,12 @@ def _entry(name: str, table: Any, standing: Any, base: Federation[Any, Any], whe
         else outcome
     )
     known_keys(about, {"coalition", "acts"}, at)
+    its_own = Seat.SERVER if place == "server" else Seat.COALITION
+    if seats and its_own not in seats:
+        raise ConfigError(
+            f"{at / 'seats'}: {type(attack).__name__} is played by the {its_own} alone: leave "
+            "'seats' out"
+        )
     if place == "server":
         return Entry(Sabotage(outcome=made, server=attack), seats)
     who = about.get("coalition", standing)
@@ -345,8 +429,8 @@ def build(table: Any, where: Where, *, kind: str, inner: Any = None) -> Any:
         return made(**built)
     except ConfigError:
         raise
-    except Exception as error:
-        raise ConfigError(f"{where}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{where}: {_said(error)}") from error
 
 
 def part(name: Any, where: Where, *, kind: str) -> Any:
@@ -361,12 +445,8 @@ def part(name: Any, where: Where, *, kind: str) -> Any:
     source, _, attribute = target.rpartition(":")
     try:
         module = _module(source, where)
-    except ImportError as error:
-        raise ConfigError(f"{where} use = {name!r}: {error}") from error
-    except Exception as error:
-        raise ConfigError(
-            f"{where} use = {name!r}: {source} raised {type(error).__name__}: {error}"
-        ) from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{where} use = {name!r}: {_said(error)}") from error
     if not hasattr(module, attribute):
         names = [n for n in vars(module) if not n.startswith("_")]
         raise ConfigError(
@@ -380,15 +460,18 @@ def _anywhere(name: str) -> str | None:
 
 
 def _module(source: str, where: Where) -> types.ModuleType:
-    file = where.folder / (source if source.endswith(".py") else f"{source.replace('.', '/')}.py")
+    folder = where.folder
+    file = folder / (source if source.endswith(".py") else f"{source.replace('.', '/')}.py")
     if source.endswith(".py") and not file.is_file():
-        raise ImportError(f"there is no file {file}")
+        raise ConfigError(f"{where}: there is no file {file}: a file is named relative to {folder}")
     return import_file(file) if file.is_file() else importlib.import_module(source)
 
 
 def _nested(hint: Any, value: Any, where: Where, kind: str = "") -> Any:
     """Return a value as its annotation has it: a part is built, all else is checked."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if Path in options and isinstance(value, str) and (where.folder / value).exists():
+        return where.folder / value  # of the file's own folder first, then of the current one
     plain = (str, int, float, bool, type(None), list, tuple, dict, Any, set, frozenset, Path)
     made = [o for o in options if (get_origin(o) or o) not in plain and _is_built(o)]
     is_part = isinstance(value, dict) and "use" in value
@@ -437,6 +520,9 @@ def _table(tables: Mapping[str, Any], name: str, where: Where) -> dict[str, Any]
     table = tables.get(name, {})
     if not isinstance(table, dict):
         raise ConfigError(f"{where / name} must be a table of tables: [{name}.NAME]")
+    for key in table:
+        if not key.strip() or not key.isprintable():
+            raise ConfigError(f"{where}: [{name}.{key!r}]: a name needs letters that can be read")
     return table
 
 
@@ -445,6 +531,17 @@ def _strings(value: Any, where: Where) -> list[str]:
     if len(set(found)) < len(found):
         raise ConfigError(f"{where} = {found!r} names one thing twice")
     return found
+
+
+def _said(error: BaseException) -> str:
+    """Return what an error says; of one that no one wrote for people, its kind and its line too."""
+    meant = isinstance(error, ValueError | TypeError | OSError | ImportError) and str(error)
+    said = str(error) if meant else f"{type(error).__name__}: {error}"
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if f.filename.endswith(".py") and is_users(f.filename)]
+    if not theirs:
+        return said
+    return f"{said} ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})"
 
 
 def known_keys(given: Mapping[str, Any], right: set[str], where: Where) -> None:

@@ -81,19 +81,25 @@ def own_code() -> str:
 
 def _name(thing: Any) -> str:
     name = f"{thing.__module__}:{thing.__qualname__}"
-    if name.startswith("turncoat.brought.") or _is_users(sys.modules.get(thing.__module__)):
+    if name.startswith("turncoat.brought.") or _is_their_module(sys.modules.get(thing.__module__)):
         # where a user's file lies is not what it says: its text counts, and not its path
         stem = thing.__module__.rpartition(".")[2].rpartition("_")[0] or thing.__module__
         return f"{stem}:{thing.__qualname__}@{_text(sys.modules[thing.__module__])[:16]}"
     return name
 
 
-def _is_users(module: ModuleType | None) -> bool:
+def _is_their_module(module: ModuleType | None) -> bool:
     """Say whether a module is neither ours nor installed."""
     source = getattr(module, "__file__", None)
     if source is None:
         return False
-    path = Path(source).resolve()
+    return is_users(source)
+
+
+@cache
+def is_users(file: str) -> bool:
+    """Say whether a source file is neither ours nor installed."""
+    path = Path(file).resolve()
     installed = "site-packages" in path.parts or "dist-packages" in path.parts
     return not (installed or path.is_relative_to(_OWN) or _is_standard(path))
 
@@ -111,7 +117,7 @@ def _text(module: ModuleType) -> str:
 
 
 def _sources(module: ModuleType, seen: set[str]) -> Iterator[Path]:
-    if module.__name__ in seen or not _is_users(module):
+    if module.__name__ in seen or not _is_their_module(module):
         return
     seen.add(module.__name__)
     assert module.__file__ is not None

@@ -10,10 +10,10 @@ from typing import Any
 from rich.markup import escape
 
 from turncoat.parts import PARTS
-from turncoat.plan import Audit, plan, rows
+from turncoat.plan import Audit, Planned, plan, rows
 from turncoat.record import planned_record
 from turncoat.stage import PLACES, stands
-from turncoat.trial import Blocked, Trial, name_of
+from turncoat.trial import Blocked, Failed, Trial, name_of
 
 _SHOWN = {"attacks": "attack", "defences": "stage", "tasks": "task"}
 
@@ -50,20 +50,26 @@ def explained(audit: Audit) -> Iterator[str]:
         needs = name_of(trial.needs) if isinstance(trial, Trial) else "to take part"
         seats = ", ".join(str(s) for s in rows(audit, entry) if s)
         yield f"  {escape(name)}: at {seats}; needs {escape(needs)}"
-    blocked = {
-        (c.attack, c.seat, c.defence): c.settled.reason
-        for c in todo.cells
-        if isinstance(c.settled, Blocked)
-    }
-    if blocked:
-        yield "\n[bold]blocked[/bold], which is not safe: other attacks remain"
-        for (attack, seat, defence), reason in blocked.items():
-            yield f"  {escape(f'{attack} at {seat} under {defence}')}: {escape(reason)}"
+    blocked = {_place_of(c): c.settled.reason for c in todo.cells if isinstance(c.settled, Blocked)}
+    failed = {_place_of(c): c.settled.error for c in todo.cells if isinstance(c.settled, Failed)}
+    for said, found in (
+        ("[bold]blocked[/bold], which is not safe: other attacks remain", blocked),
+        ("[bold]cannot be run[/bold], which is neither safe nor unsafe", failed),
+    ):
+        if found:
+            yield f"\n{said}"
+        for where, why in found.items():
+            yield f"  {escape(where)}: {escape(why)}"
     shadows = sum(t.shadow is not None for t in todo.trainings.values())
+    num_blocked = sum(isinstance(c.settled, Blocked) for c in todo.cells)
     yield (
-        f"\n{len(todo.cells)} cells ({len(blocked) * len(audit.seeds)} blocked), "
-        f"{len(todo.trainings) - shadows} trainings and {shadows} shadow models"
+        f"\n{len(todo.cells)} cells ({num_blocked} blocked), {len(todo.trainings) - shadows} "
+        f"trainings and {shadows} shadow models"
     )
+
+
+def _place_of(cell: Planned) -> str:
+    return f"{cell.attack} at {cell.seat} under {cell.defence}"
 
 
 def listed(kind: str) -> list[dict[str, Any]]:

@@ -21,6 +21,10 @@ from turncoat.trial import Blocked, Failed, Sabotage, Trial, why_blocked
 from turncoat.views import ModelView, QueryView, Seat
 
 
+class Impossible(ValueError):
+    """An audit asks for something that its task or its rounds do not have."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """An attack of the matrix, and the seats it is asked for (none named: all that it can take)."""
@@ -111,10 +115,15 @@ class Plan:
 
 
 def plan(audit: Audit) -> Plan:
-    """Return what an audit needs. Trainings are shared; impossible cells are settled here."""
+    """Return what an audit needs. Trainings are shared; impossible cells are settled here.
+
+    Raises:
+        Impossible: If an attack names a client or a round that there is not.
+    """
     trainings: dict[str, Training] = {}
     cells: list[Planned] = []
     for name, entry in audit.entries.items():
+        _check_entry(audit, name, entry.trial)
         for seat in rows(audit, entry):
             for defence, federation in audit.federations.items():
                 for seed in audit.seeds:
@@ -126,6 +135,33 @@ def plan(audit: Audit) -> Plan:
                 merged = known.states | training.states
                 trainings[training.key] = replace(known, states=merged)
     return Plan(tuple(cells), trainings)
+
+
+def _check_entry(audit: Audit, name: str, trial: Trial[Any] | Sabotage) -> None:
+    num_clients, last = len(audit.task.clients), audit.num_rounds - 1
+    if isinstance(trial, Trial):
+        if not -audit.num_rounds <= trial.at <= last:
+            raise Impossible(
+                f"the attack {name!r} is at round {trial.at}, but the rounds are 0 to {last}: "
+                "choose one of these, or -1 for the last"
+            )
+        if not 0 <= trial.by < num_clients:
+            raise Impossible(
+                f"the attack {name!r} is by client {trial.by}, but there are {num_clients} "
+                f"clients, 0 to {num_clients - 1}"
+            )
+    if trial.coalition is None:
+        return
+    for seed in audit.seeds:
+        try:
+            check_members(trial.coalition, num_clients, Randomness(seed))
+        except ValueError as error:
+            raise Impossible(f"the attack {name!r}: {error}") from None
+    if not any(map(trial.coalition.acts, range(audit.num_rounds))):
+        raise Impossible(
+            f"the attack {name!r} never happens: {trial.coalition.acts!r} is in none of the rounds "
+            f"0 to {last}: choose an earlier one, or raise 'rounds'"
+        )
 
 
 def rows(audit: Audit, entry: Entry) -> list[Seat | None]:
@@ -153,7 +189,9 @@ def _cell(
             check_worn(federation, trial.coalition)
         except TypeError as error:
             return replace(cell, settled=Blocked(str(error)))
-        check_members(trial.coalition, len(audit.task.clients), Randomness(seed))
+        if not _meets(audit, trial.coalition, federation, seed):
+            missed = "in no round that a member of the coalition is sampled in does it act"
+            return replace(cell, settled=Failed(f"{missed}: let it act more often"))
     run = training_key(audit, federation, seed, trial.coalition, trial.server)
     if isinstance(trial, Sabotage):
         return replace(cell, run=run, clean=training_key(audit, federation, seed))
@@ -161,6 +199,18 @@ def _cell(
         shadow_key(audit, federation, seed, trial.game, k) for k in range(num_shadows(trial))
     )
     return replace(cell, run=run, shadows=shadows)
+
+
+def _meets(
+    audit: Audit, coalition: Coalition[Any], federation: Federation[Any, Any], seed: int
+) -> bool:
+    """Say whether a coalition takes part at all: what never acts would be told for harmless."""
+    num_clients, randomness = len(audit.task.clients), Randomness(seed)
+    sampled = cohorts(federation, num_clients, num_rounds=audit.num_rounds, seed=seed)
+    return any(
+        coalition.acting(num_clients, t, randomness) & set(cohort)
+        for t, cohort in enumerate(sampled)
+    )
 
 
 def training_key(
@@ -175,7 +225,9 @@ def training_key(
 
 def trained(federation: Federation[Any, Any]) -> Federation[Any, Any]:
     """Return what matters of a federation until it is trained: how a model is released does not."""
-    return replace(federation, release=WhiteBox()) if federation.yields_model else federation
+    if federation.release == WhiteBox() or not federation.yields_model:
+        return federation  # replaced by an equal one, it would be checked anew
+    return replace(federation, release=WhiteBox())
 
 
 def shadow_key(

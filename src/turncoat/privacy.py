@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-import dp_accounting
-from dp_accounting.pld import PLDAccountant
-
 from turncoat.messages import Revealed
 from turncoat.stage import nested
 
@@ -77,7 +74,9 @@ def guarantees(
             continue
         rate = getattr(federation.sample, "rate", None)
         if noisy.unit is Unit.CLIENT and rate is not None:  # Poisson; others are not amplified
-            amplified = dp_accounting.PoissonSampledDpEvent(rate, event)
+            from dp_accounting import PoissonSampledDpEvent
+
+            amplified = PoissonSampledDpEvent(rate, event)
             blind = frozenset(seats - {"server", "neighbour"})  # they do not see who takes part
             found.append(_compose(noisy, amplified, num_rounds, delta, blind))
             seats &= {"server", "neighbour"}
@@ -90,8 +89,11 @@ def guarantees(
 def _compose(
     noisy: Any, event: Any, num_rounds: int, delta: float, seats: frozenset[str]
 ) -> Private | Unproven:
+    from dp_accounting import SelfComposedDpEvent  # here, for it takes a second to import
+    from dp_accounting.pld import PLDAccountant
+
     accountant = PLDAccountant()
-    whole = dp_accounting.SelfComposedDpEvent(event, num_rounds)
+    whole = SelfComposedDpEvent(event, num_rounds)
     if not accountant.supports(whole):
         return Unproven(noisy.unit, f"no accountant here composes {event!r}")
     return Private(noisy.unit, accountant.compose(whole).get_epsilon(delta), delta, seats)

@@ -26,7 +26,7 @@ from turncoat.federation import STAGES, Federation
 from turncoat.plan import Audit, Plan, Training, rows
 from turncoat.privacy import Private, guarantees
 from turncoat.randomness import Randomness
-from turncoat.runtimes.saved import write_tensors
+from turncoat.runtimes.saved import replacing, write_tensors
 from turncoat.stage import Plan as Schedule
 from turncoat.stage import within
 from turncoat.trial import Blocked, Marked, Measurement, Sabotage, Scored, Trial, name_of
@@ -65,8 +65,8 @@ class AuditFolder:
 
     def is_trained(self, training: Training) -> bool:
         """Say whether a training is finished, with all the states that are wanted of it."""
-        states = [self.state(training.key, t) for t in training.states if t]
-        return self.log(training.key).exists() and all(p.exists() for p in states)
+        states = [self.state(training.key, t) for t in (None, *training.states) if t != 0]
+        return read_log(self.log(training.key)) is not None and all(p.exists() for p in states)
 
     def claim(self, audit: Audit, *, update: bool) -> None:
         """Make the folder this audit's, or refuse.
@@ -92,10 +92,7 @@ class AuditFolder:
                     "new one as --out"
                 )
             return
-        try:
-            found = json.loads(known.read_text())
-        except (OSError, ValueError) as error:
-            raise FolderUnusable(f"{known} cannot be read: {error}: delete it to go on") from error
+        found = read_plan(self.path)
         if found.get("identity") != audit.identity and not update:
             raise FolderUnusable(
                 f"{self.path} holds another audit ({found.get('title')!r}), of another task, "
@@ -113,15 +110,15 @@ class AuditFolder:
                 raise FolderUnusable(
                     f"another audit is running in {self.path}: wait for it, or choose another --out"
                 ) from None
+            for path in self.path.rglob("*.tmp"):  # what someone left who was killed
+                path.unlink(missing_ok=True)
             yield
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def write_plan(folder: Path, audit: Audit, todo: Plan, command: str) -> None:
@@ -233,12 +230,45 @@ def defence_record(audit: Audit, name: str, federation: Federation[Any, Any]) ->
 
 def write_records(folder: Path) -> None:
     """Make ``cells.jsonl`` and ``trainings.jsonl`` of ``plan.json`` and what is finished."""
-    todo = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-    there = AuditFolder(folder)
+    todo, there = read_plan(folder), AuditFolder(folder)
     cells = [_cell_record(there, c) for c in todo["cells"]]
     trainings = [_training_record(there, t) for t in todo["trainings"]]
     write_text(folder / "cells.jsonl", _lines(c for c in cells if c))
     write_text(folder / "trainings.jsonl", _lines(t for t in trainings if t))
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """Return what ``plan.json`` says."""
+    path = folder / "plan.json"
+    if not path.exists():
+        raise FolderUnusable(f"{folder} holds no plan.json, so no audit: give the --out of one")
+    try:
+        plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if plan.keys() >= {"identity", "title", "cells", "trainings"}:
+            return plan
+        why = "it is no plan"
+    except (OSError, ValueError, AttributeError) as error:
+        why = str(error)
+    raise FolderUnusable(
+        f"{path} cannot be read ({why}): delete it, and the audit's own command makes it again"
+    )
+
+
+def read_log(path: Path) -> dict[str, Any] | None:
+    """Return what is known of a finished training, or None. A damaged log counts as none."""
+    try:
+        log: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return (
+            log if log.keys() >= {"metric", "history", "seconds_per_round", "incidents"} else None
+        )
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def num_left_out(folder: Path) -> int:
+    """Return how often a client was left out of a round, after ``write_records``."""
+    lines = (folder / "trainings.jsonl").read_text(encoding="utf-8").splitlines()
+    return sum(json.loads(line).get("left_out", 0) for line in lines)
 
 
 def _lines(records: Any) -> str:
@@ -282,7 +312,8 @@ def _training_record(folder: AuditFolder, planned: Mapping[str, Any]) -> dict[st
     about = {k: planned[k] for k in ("defence", "attack", "seed")}
     record = {"schema_version": SCHEMA_VERSION, **about}
     path = folder.log(planned["key"])
-    if not path.exists():
+    log = read_log(path)
+    if log is None:
         error = failure(path)
         empty: dict[str, Any] = {
             "metric": None,
@@ -291,7 +322,6 @@ def _training_record(folder: AuditFolder, planned: Mapping[str, Any]) -> dict[st
             "incidents": [],
         }
         return None if error is None else record | empty | {"status": "failed", "error": error}
-    log: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     incidents = [{"round": r, "client": c, "what": w} for r, c, w in log["incidents"]]
     left_out = sum(c is not None for _, c, _ in log["incidents"])
     log |= {"incidents": incidents, "left_out": left_out}
@@ -403,4 +433,7 @@ def write_json(path: Path, thing: Mapping[str, Any]) -> None:
 def failure(path: Path) -> str | None:
     """Return the word that ``note_failure`` left, if any."""
     note = path.with_suffix(".failed.json")
-    return str(json.loads(note.read_text(encoding="utf-8"))["error"]) if note.exists() else None
+    try:
+        return str(json.loads(note.read_text(encoding="utf-8"))["error"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

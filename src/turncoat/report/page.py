@@ -18,10 +18,20 @@ from turncoat.report.figures import Array, Drawing
 from turncoat.report.gallery import Exhibition, Tensors, exhibition, exhibits
 from turncoat.report.pooled import num_missing, squares
 from turncoat.report.record import Record, Row, read
-from turncoat.report.verdict import Matrix, Verdict, column, judge, reach, still_can, strongest
+from turncoat.report.verdict import (
+    NOT_TRIED,
+    Matrix,
+    Verdict,
+    column,
+    judge,
+    reach,
+    still_can,
+    strongest,
+)
 
 _HERE = Path(__file__).parent
 _MOST_INCIDENTS = 30
+_TONES = {"void": "grave", "danger": "grave", "unknown": "mild"}
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,7 @@ def _render(
         plan=record.plan,
         task=record.plan["task"],
         css=Markup(_css()),
+        findings=_findings(record),
         verdicts=judge(record, matrix, prices),
         matrix=matrix,
         emphasised=_emphasised,
@@ -170,9 +181,9 @@ def _footnotes(record: Record, matrix: Matrix) -> Footnotes:
             for kind in ("blocked", "failed"):
                 # a square of several seeds may be scored and have failed in one of them
                 told = [s for s in here if s.status == kind or (kind == "failed" and s.num_failed)]
-                then = (
-                    still_can(record, matrix, seat, defence) if kind == "blocked" and seat else ""
-                )
+                forced = any(not s.says.startswith(NOT_TRIED) for s in told)
+                ask = kind == "blocked" and seat and forced
+                then = still_can(record, matrix, seat, defence) if ask else ""
                 if told:
                     items = tuple((s.attack, s.says) for s in told)
                     said.setdefault((seat, kind, items, then), []).append(defence)
@@ -299,6 +310,16 @@ def _partition(record: Record, slug: Any) -> Iterator[Drawing]:
         classes = [f"class {i}" for i in range(counts.shape[1])]
     sizes = [int(n) for n in task.get("sizes") or counts.sum(axis=1)]
     yield figures.partition(slug("partition"), counts, clients, classes, sizes)
+
+
+def _findings(record: Record) -> list[dict[str, str]]:
+    """Return what was found before any attack, the gravest first, with a tone for its colour."""
+    found = []
+    for finding in record.plan.get("findings") or ():
+        texts = {k: str(finding.get(k) or "") for k in ("severity", "what", "why", "shown", "cure")}
+        tone = _TONES.get(texts["severity"].lower(), "plain")
+        found.append(texts | {"tone": tone})
+    return sorted(found, key=lambda f: ["grave", "mild", "plain"].index(f["tone"]))
 
 
 def _sights(record: Record) -> dict[str, list[tuple[list[str], list[str]]]]:

@@ -12,6 +12,7 @@ from turncoat.report.pooled import Square, squares
 from turncoat.report.record import Record, read
 
 NO_PROOF = "that is no proof of safety"
+NOT_TRIED = "not tried"  # how the reason of a blocked cell begins that nothing but a wish blocks
 EQUALLY_GOOD = 0.02  # of success: below it, two defences are told apart by what they cost
 
 Matrix = Mapping[tuple[str, str, str], Square]
@@ -125,6 +126,9 @@ def _judge(record: Record, matrix: Matrix, prices: Mapping[str, Cost], seat: str
         f"{words.count(len(missing), 'attack')} did not run yet ({words.listed(missing)})"
     ] * bool(missing)
     aside = f" Not judged: {' and '.join(asides)}." if asides else ""
+    untried = [s.says for s in found if s.status == "blocked" and s.says.startswith(NOT_TRIED)]
+    if best is None and untried and not failed:
+        return Verdict(seat, who, "missing", f"{who}: {untried[0].rstrip('.')}.")
     if best is None:
         if failed or missing:
             state = "failed" if failed else "missing"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ class Unreadable(ValueError):
     """A saved file is not what it should be."""
 
 
+class Unwritable(OSError):
+    """A file cannot be written, as when the disk is full."""
+
+
 @dataclass(frozen=True)
 class State:
     """All that a run carries from round to round: save it, load it, go on."""
@@ -33,7 +38,7 @@ def write_state(path: Path, state: State, about: Any = None) -> None:
     """Save a state and some JSON atomically: the file is there whole, or not at all."""
     tensors: dict[str, Tensor] = {"params": state.params.contiguous()}
     memory = [
-        [place, client, {key: _packed(value, tensors) for key, value in cell.items()}]
+        [place, client, {key: packed(value, tensors) for key, value in cell.items()}]
         for (place, client), cell in state.memory.items()
     ]
     write_tensors(path, tensors, {"round": state.round, "memory": memory, "about": about})
@@ -43,7 +48,7 @@ def read_state(path: Path) -> tuple[State, Any]:
     """Load what ``write_state`` saved."""
     tensors, about = read_tensors(path)
     memory = {
-        (place, client): {key: _unpacked(value, tensors) for key, value in cell.items()}
+        (place, client): {key: unpacked(value, tensors) for key, value in cell.items()}
         for place, client, cell in about["memory"]
     }
     return State(int(about["round"]), tensors["params"], memory), about["about"]
@@ -51,11 +56,27 @@ def read_state(path: Path) -> tuple[State, Any]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Any = None) -> None:
     """Save named tensors and JSON atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
     whole = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    save_file(whole, draft, {"turncoat": json.dumps(about)})
-    os.replace(draft, path)
+    with replacing(path) as draft:
+        save_file(whole, draft, {"turncoat": json.dumps(about)})
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Lend a name to write to; what is there afterwards takes the place of ``path``, or nothing.
+
+    Raises:
+        Unwritable: If the disk is full, or the folder cannot be written.
+    """
+    draft = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield draft
+        os.replace(draft, path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise Unwritable(getattr(error, "strerror", None) or str(error)) from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
@@ -70,19 +91,21 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
         ) from error
 
 
-def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
+def packed(value: Any, tensors: dict[str, Tensor]) -> Any:
     """Return JSON that stands for a value; its tensors are put into ``tensors``."""
     if isinstance(value, Tensor):
         name = f"m{len(tensors)}"
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, dict):
-        pairs = [[_packed(k, tensors), _packed(v, tensors)] for k, v in value.items()]
+        pairs = [[packed(k, tensors), packed(v, tensors)] for k, v in value.items()]
         return {"dict": pairs}
     if isinstance(value, tuple):
-        return {"tuple": [_packed(v, tensors) for v in value]}
+        return {"tuple": [packed(v, tensors) for v in value]}
+    if isinstance(value, frozenset):
+        return {"set": [packed(v, tensors) for v in sorted(value, key=repr)]}
     if isinstance(value, list):
-        return [_packed(v, tensors) for v in value]
+        return [packed(v, tensors) for v in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(
@@ -91,14 +114,17 @@ def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
     )
 
 
-def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return the value that ``packed`` made JSON of."""
     if isinstance(value, list):
-        return [_unpacked(v, tensors) for v in value]
+        return [unpacked(v, tensors) for v in value]
     if isinstance(value, dict):
         ((kind, inside),) = value.items()
         if kind == "tensor":
             return tensors[inside]
         if kind == "tuple":
-            return tuple(_unpacked(v, tensors) for v in inside)
-        return {_unpacked(k, tensors): _unpacked(v, tensors) for k, v in inside}
+            return tuple(unpacked(v, tensors) for v in inside)
+        if kind == "set":
+            return frozenset(unpacked(v, tensors) for v in inside)
+        return {unpacked(k, tensors): unpacked(v, tensors) for k, v in inside}
     return value

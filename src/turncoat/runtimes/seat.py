@@ -6,9 +6,10 @@ client calls the same and gets the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -109,11 +110,19 @@ class Seats:
 
 @dataclass(frozen=True)
 class Job:
-    """What one client does in one round."""
+    """What one client does in one round.
+
+    Attributes:
+        kept: What its training remembers.
+        channel: What its channel remembers; empty where the runtime itself dresses.
+        shown: Whether the experiment has to see the payload bare: to forge with it, or for a view.
+    """
 
     client: int
     traitor: bool
     kept: Cell
+    channel: Cell = field(default_factory=dict)
+    shown: bool = True
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,57 @@ class Done:
     payload: Any
     kept: Cell
     fault: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Incident:
+    """Something that went wrong in a round and was survived. ``client`` is None for all of it."""
+
+    round: int
+    client: int | None
+    what: str
+
+
+class Engine(Protocol):
+    """Whoever does the clients' part of a round: processes of our own, or Flower's nodes.
+
+    Attributes:
+        dresses: Whether the clients dress their payloads themselves, where none has to be shown.
+    """
+
+    dresses: bool
+
+    def __enter__(self) -> Engine: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+        /,
+    ) -> None: ...
+
+    def together(
+        self, round: int, jobs: Sequence[Job], starts: Mapping[int, Tensor]
+    ) -> Iterator[Done]:
+        """Yield what became of the jobs, in their order."""
+        ...
+
+    def stream(
+        self, round: int, jobs: Sequence[Job], starts: Mapping[int, Tensor]
+    ) -> Iterator[Done]:
+        """Yield the same to one who takes them one at a time."""
+        ...
+
+    def dress(
+        self, payload: Any, envelope: Envelope, kept: Cell, *, traitor: bool
+    ) -> tuple[Any, Cell]:
+        """Return the message that a payload becomes, and the channel's next memory."""
+        ...
+
+    def incidents(self) -> Sequence[Incident]:
+        """Return what was survived since the last call, beside what the jobs tell."""
+        ...
 
 
 def attempt(seats: Seats, envelope: Envelope, start: Tensor, job: Job) -> Done:

@@ -16,9 +16,9 @@ from turncoat.coalition import Coalition, check_members, check_worn
 from turncoat.federation import Federation
 from turncoat.messages import Envelope, Summable
 from turncoat.randomness import Randomness
-from turncoat.runtimes.pool import Workers
+from turncoat.runtimes.pool import Workers, keep_memory
 from turncoat.runtimes.saved import Role, State
-from turncoat.runtimes.seat import Done, Job, Seats, cohort_of
+from turncoat.runtimes.seat import Done, Engine, Incident, Job, Seats, cohort_of
 from turncoat.runtimes.seen import coalition_view, views_of_round
 from turncoat.stage import (
     Broadcast,
@@ -33,6 +33,7 @@ from turncoat.stage import (
     within,
 )
 from turncoat.task import Task
+from turncoat.views import ClientView
 
 _Runs = Callable[[int, Sequence[Job], Mapping[int, Tensor]], Iterator[Done]]
 
@@ -50,15 +51,6 @@ class Watch:
 
     def keeps(self, round: int, kind: Any) -> bool:
         return (self.rounds is None or round in self.rounds) and matches(kind, self.need)
-
-
-@dataclass(frozen=True, slots=True)
-class Incident:
-    """Something that went wrong in a round and was survived. ``client`` is None for all of it."""
-
-    round: int
-    client: int | None
-    what: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +100,7 @@ def simulate(
     state: State | None = None,
     until: int | None = None,
     on_round: Callable[[State, Played], None] | None = None,
+    engine: Callable[[Seats], Engine] | None = None,
 ) -> Run:
     """Run rounds until ``num_rounds`` are done; only views that match ``watch`` are kept.
 
@@ -120,6 +113,7 @@ def simulate(
         state: Where to go on, from an earlier run with the same other arguments.
         until: Stop before this round, though the run was planned for ``num_rounds``.
         on_round: Called after each round, with the new state and the round's log.
+        engine: Who does the clients' part; None for processes of our own.
 
     Raises:
         TooFewClients: If a round is left with fewer sound messages than ``min_clients``.
@@ -132,8 +126,10 @@ def simulate(
         check_members(coalition, len(task.clients), randomness)
     if place.type != "cpu":
         task, num_processes = task.to(place), 1
+    keep_memory()
     seats, views, log = Seats(federation, task, coalition, seed), list[tuple[Any, Any]](), []
-    with one_thread(), Workers(seats, num_processes) as workers:
+    begun: Engine = Workers(seats, num_processes) if engine is None else engine(seats)
+    with one_thread(), begun as workers:
         if state is None:
             first = call(federation.begin, task, rng=randomness.at("begin"))
             state = State(0, first.to(place))
@@ -171,12 +167,13 @@ class _Round:
         self,
         seats: Seats,
         server: Broadcast | None,
-        workers: Workers,
+        workers: Engine,
         state: State,
         watch: Sequence[Watch],
     ) -> None:
         self.seats, self.state, self.workers = seats, state, workers
         self.federation, self.task, self.coalition = seats.federation, seats.task, seats.coalition
+        self.sends = seats.federation.sends
         self.randomness = Randomness(seats.seed)
         self.round, self.before = state.round, state.params
         self.memory: dict[Role, Mapping[str, Any]] = dict(state.memory)
@@ -206,6 +203,7 @@ class _Round:
         if not bool(torch.isfinite(after).all()):
             self._note(None, "the step was not finite: the round was aborted")
             after, aborted = self.before, True
+        self.incidents += self.workers.incidents()
         seen = self._seen(after, trace)
         played = Played(
             self.round,
@@ -232,6 +230,10 @@ class _Round:
 
     def _broadcast(self, server: Broadcast | None) -> dict[int, Tensor]:
         stage = server or self.federation.broadcast
+        named, takes_all = asks(code_of(stage))
+        tells_apart = takes_all or bool(named & {"rng", "model", "envelope"})
+        if not tells_apart:  # one client from another
+            return dict.fromkeys(self.cohort, call(stage, self.before))
         return {
             c: call(
                 stage,
@@ -245,11 +247,8 @@ class _Round:
 
     def _train(self, run: _Runs) -> Iterator[tuple[int, Any]]:
         """Train the cohort; yield the sound payloads, and note who sent none."""
-        worn = self.coalition is not None and self.coalition.train is not None
-        roles: list[Role] = [
-            ("worn train" if worn and c in self.traitors else "train", c) for c in self.cohort
-        ]
-        jobs = [Job(c, c in self.traitors, self.memory.get((p, c), {})) for p, c in roles]
+        roles = [self._role("train", c) for c in self.cohort]
+        jobs = [self._job(role) for role in roles]
         for role, done in zip(roles, run(self.round, jobs, self.starts), strict=True):
             if done.fault is not None:
                 self._note(role[1], done.fault)
@@ -257,10 +256,35 @@ class _Round:
             self._remember(role, done.kept)
             yield role[1], done.payload
 
+    def _job(self, role: Role) -> Job:
+        client = role[1]
+        kept = self.memory.get(role, {})
+        if not self.workers.dresses:
+            return Job(client, client in self.traitors, kept)
+        forging = self.coalition if self.traitors else None
+        shown = self._shows_clients or (
+            forging is not None
+            and forging.forge is not None
+            and (client in self.traitors or forging.knows_honest)
+        )
+        channel = {} if shown else self.memory.get(self._role("channel", client), {})
+        return Job(client, client in self.traitors, kept, channel, shown)
+
+    def _role(self, place: str, client: int) -> Role:
+        """Return whose memory a client's stage has: a worn stage has one of its own."""
+        worn = self.coalition if client in self.traitors else None
+        return (f"worn {place}" if getattr(worn, place, None) is not None else place, client)
+
+    @property
+    def _shows_clients(self) -> bool:
+        """Whether someone watches what a client alone sees: its bare payload."""
+        payload: Any = self.federation.trains
+        return any(w.keeps(self.round, ClientView[payload]) for w in self.watch)
+
     def _together(self) -> list[Any]:
         """Return all messages of the round at once; none if it had to be aborted."""
         payloads = dict(self._train(self.workers.together))
-        if self.watch:
+        if self.watch and not self.workers.dresses:
             payloads = {c: replace(p, delta=p.delta.clone()) for c, p in payloads.items()}
         payloads = self._forge(payloads)
         cohort = self.cohort
@@ -315,20 +339,19 @@ class _Round:
 
     def _dress(self, client: int, payload: Any, cohort: tuple[int, ...]) -> Any:
         traitor = client in self.traitors
-        worn = traitor and self.coalition is not None and self.coalition.channel is not None
-        role = ("worn channel" if worn else "channel", client)
+        role = self._role("channel", client)
         envelope = Envelope(client, cohort, self.round)
         try:
-            message, kept = self.seats.dress(
+            message, kept = self.workers.dress(
                 payload, envelope, self.memory.get(role, {}), traitor=traitor
             )
         except Exception as error:
             self._note(client, f"raised {type(error).__name__}: {error}")
             return None
-        sends = self.federation.sends
-        if not isinstance(message, sends):
+        if not isinstance(message, self.sends):
             raise TypeError(
-                f"{self.federation.channel!r} is annotated {sends.__name__} but gave {message!r}"
+                f"{self.federation.channel!r} is annotated {self.sends.__name__} "
+                f"but gave {message!r}"
             )
         self._remember(role, kept)
         self.num_sent += 1

@@ -48,7 +48,7 @@ def mnist(
     train_size: int | None = None,
     test_size: int | None = None,
     public_size: int = 500,
-    data: str | None = None,
+    data: str | Path | None = None,
     seed: int = 0,
 ) -> Task:
     """Return MNIST: 60,000 handwritten digits of 28x28 pixels, and 10,000 for tests."""
@@ -66,7 +66,7 @@ def fashion_mnist(
     train_size: int | None = None,
     test_size: int | None = None,
     public_size: int = 500,
-    data: str | None = None,
+    data: str | Path | None = None,
     seed: int = 0,
 ) -> Task:
     """Return Fashion-MNIST: 60,000 articles of 28x28 pixels, and 10,000 for tests."""
@@ -85,7 +85,7 @@ def cifar10(
     train_size: int | None = None,
     test_size: int | None = None,
     public_size: int = 500,
-    data: str | None = None,
+    data: str | Path | None = None,
     seed: int = 0,
 ) -> Task:
     """Return CIFAR-10: 50,000 photographs of 32x32 pixels, and 10,000 for tests."""
@@ -103,7 +103,7 @@ def pneumoniamnist(
     train_size: int | None = None,
     test_size: int | None = None,
     public_size: int = 100,
-    data: str | None = None,
+    data: str | Path | None = None,
     seed: int = 0,
 ) -> Task:
     """Return PneumoniaMNIST: 4,708 chest X-rays of 28x28 pixels, and 624 for tests.
@@ -134,7 +134,7 @@ def mednist(
     train_size: int | None = 4500,
     test_size: int | None = 600,
     public_size: int = 100,
-    data: str | None = None,
+    data: str | Path | None = None,
     seed: int = 0,
 ) -> Task:
     """Return MedNIST: medical images of 64x64 pixels in six classes, 4,500 of them to the clients.
@@ -166,7 +166,7 @@ def heart_disease(
     train_size: int | None = None,
     test_size: int | None = 180,
     public_size: int = 0,
-    data: str | None = None,
+    data: str | Path | None = None,
     seed: int = 0,
 ) -> Task:
     """Return 920 patients of four hospitals, each of them a client: has one a heart disease?
@@ -247,7 +247,7 @@ def _processed(folder: Path) -> dict[str, NDArray[Any]]:
     }
 
 
-def _hub(name: str, hub: str, image: str, data: str | None, said: str) -> Pool:
+def _hub(name: str, hub: str, image: str, data: str | Path | None, said: str) -> Pool:
     """Return a data set of the hub, from a local folder of its parquet files if there is one."""
     folder = local([name], data, holds=holds_parquet)
     if folder is None:

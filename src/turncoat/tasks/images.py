@@ -35,10 +35,11 @@ from turncoat.validate import nearest
 _IID = IID()
 _LENET = LeNet5()
 _HUB = "https://huggingface.co"
+_FEW = 1000  # classes that a label may tell of, however few examples there are
 
 
 def from_parquet(
-    folder: str,
+    folder: str | Path,
     num_clients: int | None = None,
     *,
     image: str = "image",
@@ -97,7 +98,7 @@ def from_hub(
 
 
 def from_npz(
-    path: str,
+    path: str | Path,
     num_clients: int | None = None,
     *,
     classes: tuple[str, ...] = (),
@@ -153,7 +154,7 @@ def read_parquet(
             read.append((images, whole(_column(table, label, where).to_numpy(), where)))
         images = _joined([i for i, _ in read], f"{folder.name}: {part}")
         batches[part] = as_images(images), torch.from_numpy(np.concatenate([y for _, y in read]))
-    names = told or _numbered(batches.values())
+    names = told or _numbered(batches.values(), folder.name)
     columns = _text_columns(kept["train"], {image, label})
     note = "JPEG images" if lossy else ""
     said = ", ".join(s for s in (source or f"local folder {folder.name}", note) if s)
@@ -214,7 +215,7 @@ def read_hub(
         name or hub,
         batches[train],
         batches.get(test) if test else None,
-        told or _numbered(batches.values()),
+        told or _numbered(batches.values(), hub),
         columns,
         None,
         source or f"{_HUB}/datasets/{hub}",
@@ -251,7 +252,7 @@ def read_npz(path: Path, *, name: str = "", classes: Sequence[str] = (), source:
         name or path.stem,
         batches["train"],
         batches.get("test"),
-        told or _numbered(batches.values()),
+        told or _numbered(batches.values(), path.name),
         source=source or f"local file {path.name}",
     )
 
@@ -270,7 +271,7 @@ def arrays(path: Path) -> dict[str, NDArray[Any]]:
             if pickled
             else f"it is truncated, or no npz ({_first_line(error)}): get it again"
         )
-        raise DataUnusable(f"{path.name} cannot be read: {cure}") from error
+        raise DataUnusable(f"{path} cannot be read: {cure}") from error
 
 
 def decoded(encoded: Sequence[bytes | None], where: str) -> NDArray[Any]:
@@ -405,8 +406,16 @@ def _told_classes(table: Any, label: str) -> tuple[str, ...]:
     return tuple(feature.get("names", ())) if isinstance(feature, Mapping) else ()
 
 
-def _numbered(batches: Iterable[Batch]) -> tuple[str, ...]:
-    return tuple(map(str, range(1 + max((int(y.max()) for _, y in batches if len(y)), default=0))))
+def _numbered(batches: Iterable[Batch], where: str) -> tuple[str, ...]:
+    """Return names for the classes up to the largest label, where nobody has told them."""
+    labels = [y for _, y in batches if len(y)]
+    last, num_labels = max((int(y.max()) for y in labels), default=0), sum(map(len, labels))
+    if last >= max(num_labels, _FEW):
+        raise DataUnusable(
+            f"{where}: the largest of {num_labels} labels is {last}: number the classes from 0 on, "
+            "without gaps"
+        )
+    return tuple(map(str, range(1 + last)))
 
 
 def _text_columns(tables: Sequence[Any], but: set[str]) -> dict[str, list[str]]:

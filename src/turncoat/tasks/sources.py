@@ -45,7 +45,9 @@ def extra(module: str) -> Any:
         ) from error
 
 
-def local(names: Sequence[str], data: str | None, *, holds: Callable[[Path], bool]) -> Path | None:
+def local(
+    names: Sequence[str], data: str | Path | None, *, holds: Callable[[Path], bool]
+) -> Path | None:
     """Return the local copy of a data set, the first there is; None if it must be fetched.
 
     Args:
@@ -62,7 +64,7 @@ def local(names: Sequence[str], data: str | None, *, holds: Callable[[Path], boo
                 return path
         if root == data:
             raise DataMissing(
-                f"data = {root!r} holds no {' or '.join(names)}, and is none itself"
+                f"data = {str(root)!r} holds no {' or '.join(names)}, and is none itself"
                 f"{'' if base.exists() else ' (it does not exist)'}: {_put(names)}"
             )
     return None

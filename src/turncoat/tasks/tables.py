@@ -22,11 +22,12 @@ from turncoat.tasks.sources import DataMissing, DataUnusable
 _IID = IID()
 _MLP = MLP()
 _MISSING = ("", "?", "NA", "NaN", "nan")
+_FEW = 10  # classes that may have one example each
 _MOST = 256  # categories of one column, before it is taken for a mistake
 
 
 def from_csv(
-    path: str,
+    path: str | Path,
     num_clients: int | None = None,
     *,
     label: str,
@@ -73,6 +74,11 @@ def from_csv(
                 f"{file.name}: the label {label!r} is missing in row {i + 1}: drop that row"
             )
     classes = _ordered(columns[label])
+    if len(classes) > max(_FEW, len(rows) // 2):
+        raise DataUnusable(
+            f"{file.name}: the label {label!r} has {len(classes)} classes in {len(rows)} rows: "
+            "name a column of classes, or group its values"
+        )
     number = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([number[value] for value in columns[label]])
     features, continuous = [], []
@@ -113,7 +119,7 @@ def _read(file: Path) -> tuple[list[str], list[list[str]]]:
             table = [[cell.strip() for cell in row] for row in csv.reader(lines) if row]
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise DataUnusable(
-            f"{file.name} cannot be read ({error}): it is truncated, or no CSV in UTF-8"
+            f"{file} cannot be read ({error}): it is truncated, or no CSV in UTF-8"
         ) from error
     if len(table) < 2:
         raise DataUnusable(f"{file.name} has no rows below its header")

@@ -49,13 +49,18 @@ class TrimmedMean:
     def __post_init__(self) -> None:
         at_least(0, self, num_trimmed=self.num_trimmed)
 
-    def __call__(self, messages: Sequence[Clear]) -> Tensor:
-        n, b = len(messages), self.num_trimmed
+    def check_cohort(self, num_messages: int) -> None:
+        """Refuse a round of too few."""
+        n, b = num_messages, self.num_trimmed
         if n <= 2 * b:
             raise ValueError(
                 f"{self!r} needs at least {2 * b + 1} messages (2b + 1); the cohort has {n}: "
                 "lower num_trimmed or sample more clients"
             )
+
+    def __call__(self, messages: Sequence[Clear]) -> Tensor:
+        n, b = len(messages), self.num_trimmed
+        self.check_cohort(n)
         matrix = rows(messages)
         step = torch.empty_like(matrix[0])
         for where, block in _sorted_columns(matrix):

@@ -31,8 +31,12 @@ class Krum:
     def __post_init__(self) -> None:
         at_least(0, self, num_byzantine=self.num_byzantine)
 
+    def check_cohort(self, num_messages: int) -> None:
+        """Refuse a round of too few."""
+        _check_cohort(self, num_messages, self.num_byzantine)
+
     def __call__(self, messages: Sequence[Clear]) -> Tensor:
-        _check_cohort(self, len(messages), self.num_byzantine)
+        self.check_cohort(len(messages))
         matrix = rows(messages)
         return matrix[int(scores(matrix, self.num_byzantine).argmin())].clone()
 
@@ -57,15 +61,20 @@ class MultiKrum:
         at_least(0, self, num_byzantine=self.num_byzantine)
         at_least(1, self, num_selected=self.num_selected)
 
+    def check_cohort(self, num_messages: int) -> None:
+        """Refuse a round of too few."""
+        n, f = num_messages, self.num_byzantine
+        _check_cohort(self, n, f)
+        if self.num_selected is not None and self.num_selected > n - f:
+            raise ValueError(
+                f"{self!r} trusts {self.num_selected} messages; of a cohort of {n}, {n - f} are "
+                "honest (n - f): lower num_selected or sample more clients"
+            )
+
     def __call__(self, messages: Sequence[Clear]) -> Tensor:
         n, f = len(messages), self.num_byzantine
-        _check_cohort(self, n, f)
+        self.check_cohort(n)
         selected = n - f if self.num_selected is None else self.num_selected
-        if selected > n - f:
-            raise ValueError(
-                f"{self!r} trusts {selected} messages; of a cohort of {n}, {n - f} are honest "
-                "(n - f): lower num_selected or sample more clients"
-            )
         matrix = rows(messages)
         best = scores(matrix, f).argsort(stable=True)[:selected]
         share = torch.zeros(n, dtype=matrix.dtype)

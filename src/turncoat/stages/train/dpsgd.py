@@ -14,7 +14,6 @@ import dp_accounting
 import torch
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
-from opacus.grad_sample import GradSampleHooks
 from scipy.optimize import brentq
 from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -233,6 +232,8 @@ def _refuse_coupled_loss(model: Model, start: Tensor, data: Batch) -> None:
 @contextmanager
 def _per_example(module: nn.Module) -> Iterator[None]:
     """Let every backward pass leave one gradient for each example, as ``grad_sample``."""
+    from opacus.grad_sample import GradSampleHooks  # here, for it takes a second to import
+
     hooks = GradSampleHooks(module, loss_reduction="mean")
     try:
         with warnings.catch_warnings():  # inputs need no gradient: torch warns, Opacus copes
