@@ -179,9 +179,7 @@ def destinations(command: Sequence[str]) -> Counter[str]:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         watch = ["strace", "-f", "-qq", "--seccomp-bpf", "-e", "trace=connect,sendto,sendmsg"]
-        subprocess.run(
-            [*watch, "-o", str(log), *command], check=True, cwd=ROOT, capture_output=True
-        )
+        subprocess.run([*watch, "-o", str(log), *command], check=True, cwd=ROOT, stdout=sys.stderr)
         for line in log.read_text(errors="replace").splitlines():
             family = re.search(r"sa_family=AF_(\w+)", line)
             if family is None or family[1] in ("NETLINK", "UNSPEC"):

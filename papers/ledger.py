@@ -302,7 +302,8 @@ def _lines(known: Mapping[str, Any]) -> Iterator[str]:
     )
     yield ""
     yield (
-        f"Finished {known['date'] or 'never'}; {_duration(known['seconds'])} in all, one run after the other; "
+        f"Finished {known['date'] or 'never'}; {_duration(known['seconds'])} in all, "
+        "one run after the other; "
         f"{known['machine']}; turncoat {known['turncoat']}, {packages}."
     )
     yield ""

@@ -112,7 +112,7 @@ def run_audit(
     update: bool = False,
     command: str = "",
     on_event: Callable[[Event], None] = lambda event: None,
-    runtime: Runtime = simulate,
+    runtime: Runtime | None = None,
 ) -> dict[Planned, Cell]:
     """Return every cell; what ``folder`` holds is read, the rest is computed and written.
 
@@ -122,7 +122,7 @@ def run_audit(
     Args:
         num_jobs: How many processes train and attack, of one thread each.
         update: Go on in a folder that holds another audit.
-        runtime: Who plays the rounds: ``simulate``, or Flower, which gives the same bits.
+        runtime: Who plays the rounds: ``simulate`` without, or Flower, which gives the same bits.
     """
     there, todo = AuditFolder(folder), plan(audit)
     there.claim(audit, update=update)
@@ -144,7 +144,7 @@ class _Work:
         todo: Plan,
         device: str,
         on_event: Callable[[Event], None],
-        runtime: Runtime,
+        runtime: Runtime | None,
     ) -> None:
         self.runtime = runtime
         self.audit, self.folder, self.plan = audit, folder, todo
@@ -292,7 +292,7 @@ def train(
     folder: AuditFolder,
     training: Training,
     device: str,
-    runtime: Runtime = simulate,
+    runtime: Runtime | None = None,
 ) -> tuple[str | None, float]:
     """Run a training, or the rest of it, and save what it leaves; return why it failed, if so."""
     began = time.perf_counter()
@@ -322,7 +322,7 @@ def train(
                 _write_draft(draft, now, log, history)
                 saved_at = time.perf_counter()
 
-        run = runtime(
+        run = (runtime or simulate)(
             federation,
             task,
             num_rounds=audit.num_rounds,
@@ -395,7 +395,7 @@ def settle(
     folder: AuditFolder,
     cell: Planned,
     device: str,
-    runtime: Runtime = simulate,
+    runtime: Runtime | None = None,
 ) -> tuple[Cell, float]:
     """Mount a cell's attack, mark and save what comes of it."""
     began = time.perf_counter()
@@ -431,7 +431,7 @@ def _play(
     cell: Planned,
     trial: Trial[Any],
     device: str,
-    runtime: Runtime,
+    runtime: Runtime | None,
 ) -> Marked:
     federation, seed = audit.federations[cell.defence], cell.seed
     question, truth = pose(audit, federation, trial.game, trial.at, seed)
@@ -460,7 +460,7 @@ def _view(
     cell: Planned,
     trial: Trial[Any],
     device: str,
-    runtime: Runtime,
+    runtime: Runtime | None,
 ) -> Any:
     """Return what the seat sees: the final model as it holds it, or a round that is played again.
 
@@ -474,7 +474,7 @@ def _view(
             return released(federation, task, params, cell.seed)
         return ModelView(task.model, params)
     first = 0 if trial.whole else trial.at % audit.num_rounds
-    run = runtime(
+    run = (runtime or simulate)(
         federation,
         task,
         num_rounds=audit.num_rounds,
