@@ -1,6 +1,7 @@
 """What the foundation has to show on real data: ``python -m papers.foundation``.
 
-Recipes were found by single trial runs with other seeds than those of the table.
+Recipes were found by trial runs with other seeds than those of the table. Where one was changed
+after the table had been seen, the first is kept beside the second, and judged alike.
 """
 
 from __future__ import annotations
@@ -30,6 +31,26 @@ _SAME = (
 )
 _WITHIN = Expectation("points_below_central", at_least=-2, at_most=2)
 
+
+def _hospitals(name: str, lr: float, num_averaged: int, why: str) -> Experiment:
+    return Experiment(
+        name,
+        "FedAvg over 3 hospitals of PneumoniaMNIST comes within 2 points of central training.",
+        FedAvgVersusCentral(
+            pneumoniamnist,
+            num_rounds=40,
+            train=LocalSGD(lr=lr, num_epochs=1, batch_size=32, momentum=0.5),
+            num_averaged=num_averaged,
+        ),
+        "LeNet-5 (ReLU), 3 clients who share 4,608 chest X-rays, iid, all in each of 40 rounds; "
+        f"one local epoch of SGD at {lr}, batch 32, momentum 0.5; 624 test images. The accuracy "
+        "of either run swings by some points from round to round: both are averaged over the last "
+        f"{num_averaged} rounds. {why} {_SAME}",
+        f"McMahan et al., AISTATS 2017, is the algorithm. {_OURS}",
+        (_WITHIN,),
+    )
+
+
 _FEDAVG = (
     Experiment(
         "fedavg-mnist",
@@ -51,23 +72,19 @@ _FEDAVG = (
             Expectation("central_accuracy_percent", above=95),
         ),
     ),
-    Experiment(
+    _hospitals(
+        "fedavg-pneumoniamnist-first",
+        0.05,
+        10,
+        "This is the recipe that was stated first.",
+    ),
+    _hospitals(
         "fedavg-pneumoniamnist",
-        "FedAvg over 3 hospitals of PneumoniaMNIST comes within 2 points of central training.",
-        FedAvgVersusCentral(
-            pneumoniamnist,
-            num_rounds=40,
-            train=LocalSGD(lr=0.02, num_epochs=1, batch_size=32, momentum=0.5),
-            num_averaged=20,
-        ),
-        "LeNet-5 (ReLU), 3 clients who share 4,608 chest X-rays, iid, all in each of 40 rounds; "
-        "one local epoch of SGD at 0.02, batch 32, momentum 0.5; 624 test images. The accuracy of "
-        "either run swings by some points from round to round, as the published test set is of "
-        "another mix than the training set: both are averaged over the last 20 rounds. A first "
-        "recipe, at 0.05 and over the last 10, met the bound in the mean only: FedAvg did better "
-        "than the central run, by an interval that reached beyond 2 points. " + _SAME,
-        f"McMahan et al., AISTATS 2017, is the algorithm. {_OURS}",
-        (_WITHIN,),
+        0.02,
+        20,
+        "This recipe was chosen after the interval of the first had been seen to reach beyond the "
+        "bound, by trials with seeds 100 to 102: of 0.02 and of 0.05 with weight decay, of 20 and "
+        "40 rounds, and of windows of 5, 10 and 20, its difference varied least.",
     ),
     Experiment(
         "fedavg-digits",
