@@ -92,6 +92,8 @@ class Deployment:
         for name, pid in reversed(self._pids().items()):
             end(pid)
             (self.folder / f"{name}.pid").unlink()
+        for process in _STARTED:  # here, and now over: nothing is left to warn of
+            process.poll()
 
     def run(
         self, app: Path, out: Path, config: Mapping[str, Any] | None = None, seconds: float = 600.0
