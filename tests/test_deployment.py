@@ -209,11 +209,14 @@ def _kill_in_round(there: Any, out: Path, round: int) -> None:
     ends = time.monotonic() + 200
     while time.monotonic() < ends:
         try:
-            if len(json.loads((out / "run.json").read_text())["rounds"]) == round:
-                break
-        except (OSError, ValueError):
-            pass
+            done = len(json.loads((out / "run.json").read_text())["rounds"])
+        except (OSError, ValueError):  # not there yet, or half written
+            done = 0
+        if done == round:
+            break
         time.sleep(0.1)
+    else:
+        raise AssertionError(f"the run never came to round {round}: nothing was killed in it")
     os.killpg(int((there.folder / "supernode2.pid").read_text()), signal.SIGKILL)
 
 

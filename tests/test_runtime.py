@@ -350,6 +350,27 @@ def test_a_traitors_nan_is_left_out_too(task: Task) -> None:
     assert torch.isfinite(run.state.params).all()
 
 
+@dataclass(frozen=True)
+class Overflowing:
+    """The mean, but for one round in which it is infinite."""
+
+    bad: int
+
+    def __call__(self, messages: Sequence[Clear], *, memory: Memory[int]) -> Tensor:
+        mean = Clear.total(messages).open()
+        return mean * float("inf") if memory.keep(memory.last(0) + 1) == self.bad else mean
+
+
+def test_a_step_that_is_not_finite_is_forgotten_with_its_memory(task: Task) -> None:
+    rule = ServerMomentum(0.5, inner=Overflowing(2))
+    run = simulate(replace(MEAN, aggregate=rule), task, num_rounds=3, seed=0)
+    assert [p.aborted for p in run.log] == [False, True, True]  # nor is the count of calls kept
+    first = simulate(replace(MEAN, aggregate=rule), task, num_rounds=1, seed=0)
+    assert torch.equal(run.state.params, first.state.params)
+    assert same(dict(run.state.memory["aggregate", -1]), dict(first.state.memory["aggregate", -1]))
+    assert "not finite" in run.log[1].incidents[-1].what
+
+
 def test_an_attack_that_breaks_is_no_success_of_a_defence(task: Task) -> None:
     coalition: Coalition[Update] = Coalition(members=Clients((2,)), train=Faulty("raise"))
     with pytest.raises(AttackBroke, match="client 2's attack raised OSError"):

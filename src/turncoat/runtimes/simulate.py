@@ -200,9 +200,6 @@ class _Round:
         step = self._aggregate(sent, trace)
         aborted = step is None and bool(self.cohort)
         after = self.before if step is None else self.before + step
-        if not bool(torch.isfinite(after).all()):
-            self._note(None, "the step was not finite: the round was aborted")
-            after, aborted = self.before, True
         self.incidents += self.workers.incidents()
         seen = self._seen(after, trace)
         played = Played(
@@ -385,8 +382,11 @@ class _Round:
         )
         if self.cohort and self.num_sent < federation.min_clients:
             self._too_few()
-        self._remember(role, memory.cell)
         step: Tensor = federation.opener.open(total) if isinstance(total, Summable) else total
+        if not bool(torch.isfinite(self.before + step).all()):
+            self._note(None, "the step was not finite: the round was aborted")
+            return None  # and forgotten: a rule that remembered it would never recover
+        self._remember(role, memory.cell)
         return step
 
     @property
