@@ -24,11 +24,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Generator, Tensor
+from torch.nn.functional import avg_pool2d
 
 from turncoat.randomness import Randomness
 from turncoat.task import Task
 from turncoat.tasks import bundled, fetched, images, sources, tables
-from turncoat.tasks.models import MLP, Architecture, Built, ConvNet, LeNet5, ResNet
+from turncoat.tasks.models import (
+    MLP,
+    Architecture,
+    Built,
+    ConvNet,
+    LeNet5,
+    ResNet,
+    _MeanOfFour,
+)
 from turncoat.tasks.partitions import (
     IID,
     ByColumn,
@@ -664,3 +673,13 @@ def test_the_example_in_the_documentation_is_true() -> None:
     parsed = doctest.DocTestParser().get_doctest(text, names, "tasks.md", None, None)
     assert parsed.examples and doctest.DocTestRunner().run(parsed).failed == 0
     trains(names["make_task"]())
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (9, 7), (8, 5)])
+def test_lenets_pooling_is_average_pooling(shape: tuple[int, int]) -> None:
+    maps = torch.randn(3, 2, *shape, dtype=torch.float64, requires_grad=True)
+    ours, torchs = _MeanOfFour(shape[1])(maps), avg_pool2d(maps, 2)
+    assert torch.allclose(ours, torchs)
+    weights = torch.randn_like(torchs)
+    (back,) = torch.autograd.grad(ours, maps, weights)
+    assert torch.allclose(back, torch.autograd.grad(torchs, maps, weights)[0])

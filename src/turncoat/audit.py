@@ -7,10 +7,12 @@ killed goes on where it stopped.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from turncoat.describe import fingerprint
 from turncoat.federation import Federation
+from turncoat.metrics.detection import Caught
 from turncoat.plan import (
     Audit,
     Entry,
@@ -39,6 +42,7 @@ from turncoat.record import (
     FolderUnusable,
     note_failure,
     read_cell,
+    read_log,
     write_cell,
     write_json,
     write_plan,
@@ -101,6 +105,8 @@ class Log:
     cohort: tuple[int, ...]
     incidents: tuple[tuple[int, int | None, str], ...]
     aborted_rounds: int
+    caught_clients: Caught | None = None
+    caught_records: Caught | None = None
 
 
 def run_audit(
@@ -355,7 +361,15 @@ def _logged(task: Task, log: list[Played], history: list[float]) -> Log:
         tuple(len(p.cohort) for p in log),
         tuple((i.round, i.client, i.what) for p in log for i in p.incidents),
         sum(p.aborted for p in log),
+        _sum(p.clients for p in log),
+        _sum(p.records for p in log),
     )
+
+
+def _sum(caught: Iterable[Caught | None]) -> Caught | None:
+    """Return what was caught in all rounds; None if nobody judged."""
+    judged = [c for c in caught if c is not None]
+    return reduce(add, judged) if judged else None
 
 
 def _write_draft(path: Path, state: State, log: list[Played], history: list[float]) -> None:
@@ -373,6 +387,8 @@ def _read_draft(path: Path) -> tuple[State | None, list[Played], list[float]]:
             | {
                 "cohort": tuple(p["cohort"]),
                 "incidents": tuple(Incident(**i) for i in p["incidents"]),
+                "clients": p["clients"] and Caught(**p["clients"]),
+                "records": p["records"] and Caught(**p["records"]),
             }
         )
         for p in about["log"]
@@ -422,7 +438,15 @@ def _sabotage(audit: Audit, folder: AuditFolder, cell: Planned, trial: Sabotage)
         for k in (cell.run, cell.clean)
     )
     rng = Randomness(cell.seed).at("mark" + fingerprint(trial))
-    return trial.outcome.mark(hurt, clean, task=audit.task, rng=rng)
+    marked = trial.outcome.mark(hurt, clean, task=audit.task, rng=rng)
+    log = read_log(folder.log(cell.run)) or {}
+    found = [
+        measurement
+        for what in ("clients", "records")
+        if (counts := log.get(f"caught_{what}"))
+        for measurement in Caught(**counts).measured(f"flagged_{what}")
+    ]
+    return replace(marked, others=(*marked.others, *found))
 
 
 def _play(

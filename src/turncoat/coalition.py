@@ -24,6 +24,7 @@ from turncoat.stage import (
     join,
     matches,
 )
+from turncoat.task import Model
 from turncoat.validate import at_least, fraction, nearest
 from turncoat.views import CoalitionView
 
@@ -40,6 +41,12 @@ class Schedule(Protocol):
     """Whether the coalition acts in a round."""
 
     def __call__(self, round: int) -> bool: ...
+
+
+class Code(Protocol):
+    """What a supplier of code makes of the model that its users train: the loss is part of it."""
+
+    def __call__(self, model: Model, /) -> Model: ...
 
 
 class Forge(Protocol[C]):
@@ -132,19 +139,32 @@ class From:
 class Coalition(Generic[C]):
     """Clients that wear other stages than the federation's. ``None`` means: as an honest client.
 
+    Whoever wears nothing but ``supply`` or ``code`` is honest, and the victim of a supplier: all
+    clients may be.
+
     Args:
+        supply: What a supplier of data does to their records, before they prepare them.
+        code: What a supplier of code does to the model that they train.
         knows_honest: Whether they see everyone's payloads when they forge, or only their own.
         knows_rule: Whether they know the server's rule (Kerckhoffs), though never its memory.
     """
 
     members: Members
     acts: Schedule = Always()
+    supply: Prepare | None = None
+    code: Code | None = None
     prepare: Prepare | None = None
     train: Train[C] | None = None
     forge: Forge[C] | None = None
     channel: Channel[C, Any] | None = None
     knows_honest: bool = False
     knows_rule: bool = True
+
+    @property
+    def is_supplied(self) -> bool:
+        """Whether the members are honest themselves, and only get what is bad."""
+        own = (self.prepare, self.train, self.forge, self.channel)
+        return not any(stage is not None for stage in own)
 
     def acting(self, num_clients: int, round: int, randomness: Randomness) -> frozenset[int]:
         """Return who misbehaves in this round; the runtime intersects it with the cohort."""
@@ -159,8 +179,13 @@ def round_half_up(number: float) -> int:
 
 def check_worn(federation: Federation[Any, Any], coalition: Coalition[Any]) -> None:
     """Refuse a coalition whose stages do not fit the federation that it wants to betray."""
-    if coalition.prepare is not None:
-        check(coalition.prepare, Prepare)
+    for stage in (coalition.supply, coalition.prepare):
+        if stage is not None:
+            check(stage, Prepare)
+    if coalition.code is not None and not is_code(coalition.code):
+        raise IncompatibleStages(
+            f"{coalition.code!r} is no code: it must take a Model and nothing else, and return one"
+        )
     trains = federation.trains
     if coalition.train is not None:
         check(coalition.train, Train)
@@ -181,6 +206,14 @@ def check_worn(federation: Federation[Any, Any], coalition: Coalition[Any]) -> N
                 f"{coalition.channel!r} sends {sends.__name__}, but this federation's server takes "
                 f"{federation.sends.__name__}: it would be found out at once"
             )
+
+
+def is_code(stage: Any) -> bool:
+    """Say whether a callable makes one model of another."""
+    code = code_of(stage)
+    names = [n for n in inspect.signature(code).parameters if n != "self"]
+    hints = get_type_hints(code)
+    return len(names) == 1 and hints.get(names[0]) is Model and hints.get("return") is Model
 
 
 def _check_forge(forge: Any, trains: Any) -> None:
@@ -213,7 +246,7 @@ def check_members(coalition: Coalition[Any], num_clients: int, randomness: Rando
         raise ValueError(
             f"{coalition.members!r} of {num_clients} clients is nobody: raise the fraction"
         )
-    if len(members) >= num_clients:
+    if len(members) >= num_clients and not coalition.is_supplied:
         raise ValueError(
             f"{coalition.members!r} is everyone: {len(members)} of {num_clients} clients are "
             "dishonest, so nobody is left to attack; name fewer"

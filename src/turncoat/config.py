@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from turncoat.audit import Audit, Entry
 from turncoat.brought import import_file
-from turncoat.coalition import Coalition
+from turncoat.coalition import Coalition, is_code
 from turncoat.describe import is_users
 from turncoat.federation import STAGES, Federation
 from turncoat.parts import PARTS
@@ -34,6 +34,7 @@ _TOP = {"title", "rounds", "seeds", "delta", "defences", "task", "federation", "
     "attack",
     "defence",
 }
+_PLAYED_BY = {"server": Seat.SERVER, "supply": Seat.SUPPLIER, "code": Seat.SUPPLIER}
 _OF_A_TRIAL = {"at", "by", "game", "outcome", "coalition", "acts", "seats"}
 _GAMES = {tuple[Reconstruction, ...]: "reconstruct", Memberships: "membership"}
 
@@ -320,7 +321,9 @@ def _entry(name: str, table: Any, standing: Any, base: Federation[Any, Any], whe
         else outcome
     )
     known_keys(about, {"coalition", "acts"}, at)
-    its_own = Seat.SERVER if place == "server" else Seat.COALITION
+    if place == "prepare" and seats == (Seat.SUPPLIER,):
+        place = "supply"
+    its_own = _PLAYED_BY.get(place, Seat.COALITION)
     if seats and its_own not in seats:
         raise ConfigError(
             f"{at / 'seats'}: {type(attack).__name__} is played by the {its_own} alone: leave "
@@ -328,7 +331,8 @@ def _entry(name: str, table: Any, standing: Any, base: Federation[Any, Any], whe
         )
     if place == "server":
         return Entry(Sabotage(outcome=made, server=attack), seats)
-    who = about.get("coalition", standing)
+    everyone = {"members": {"use": "pool", "fraction": 1.0}}  # who installed the code
+    who = about.get("coalition", everyone if place == "code" else standing)
     if who is None:
         raise ConfigError(
             f"{at}: {type(attack).__name__} is played by dishonest clients, but nobody is named: "
@@ -379,6 +383,8 @@ def _worn_at(attack: Any, at: Where) -> str | None:
     hints = get_type_hints(call)
     if subject == "view":
         return "forge" if get_origin(hints.get("view")) is CoalitionView else None
+    if is_code(attack):
+        return "code"
     for name, kind in (
         ("prepare", Prepare),
         ("train", Train),

@@ -333,7 +333,8 @@ def _worn(trial: Sabotage) -> Any:
     worn = trial.coalition
     if worn is None:
         return trial.server
-    return next(s for s in (worn.prepare, worn.train, worn.forge, worn.channel) if s is not None)
+    all_worn = (worn.supply, worn.code, worn.prepare, worn.train, worn.forge, worn.channel)
+    return next(s for s in all_worn if s is not None)
 
 
 def _trainings(audit: Audit, todo: Plan) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ handed over if, and only if, the stage names it. So a rule without memory never 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from types import FunctionType, UnionType
@@ -65,6 +65,20 @@ class Trace:
         self.touched.append(frozenset(addresses))
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whom a stage distrusts, by position among the messages or examples that it was given.
+
+    A stage that asks for it says whom it left out. The runtime, which knows who misbehaved, keeps
+    count of how often that was right.
+    """
+
+    flagged: set[int] = field(default_factory=set)
+
+    def flag(self, positions: Iterable[int]) -> None:
+        self.flagged.update(map(int, positions))
+
+
 class Begin(Protocol):
     """The state before the first round. Offered: rng."""
 
@@ -84,7 +98,7 @@ class Broadcast(Protocol):
 
 
 class Prepare(Protocol):
-    """What a client does to its data first. Offered: rng, envelope, model, start."""
+    """What a client does to its data first. Offered: rng, envelope, model, start, verdict."""
 
     def __call__(self, data: Batch, *args: Any, **asks: Any) -> Batch: ...
 
@@ -107,7 +121,7 @@ class Channel(Protocol[P_contra, M_co]):
 
 
 class Aggregate(Protocol[M_contra]):
-    """The server's rule. Offered: rng, memory, model, before, cohort, public, trace.
+    """The server's rule. Offered: rng, memory, model, before, cohort, public, trace, verdict.
 
     A rule whose messages are annotated ``Iterable`` takes them one at a time, once: the runtime
     then never holds them all.
@@ -138,7 +152,9 @@ PLACES: dict[Any, Place] = {
     Sample: Place((int,), frozenset({"rng"}), "chooses the cohort"),
     Broadcast: Place((Tensor,), frozenset({"rng", "model", "envelope"}), "sends the state out"),
     Prepare: Place(
-        (Batch,), frozenset({"rng", "envelope", "model", "start"}), "prepares a client's data"
+        (Batch,),
+        frozenset({"rng", "envelope", "model", "start", "verdict"}),
+        "prepares a client's data",
     ),
     Train: Place(
         (Model, Tensor, Batch),
@@ -152,7 +168,7 @@ PLACES: dict[Any, Place] = {
     ),
     Aggregate: Place(
         (Iterable,),
-        frozenset({"rng", "memory", "model", "before", "cohort", "public", "trace"}),
+        frozenset({"rng", "memory", "model", "before", "cohort", "public", "trace", "verdict"}),
         "makes one step of many messages",
     ),
     Release: Place((Model, Tensor), frozenset({"rng", "public"}), "hands out the final state"),
@@ -163,10 +179,19 @@ class IncompatibleStages(TypeError):
     """Two stages were joined that cannot work together."""
 
 
+@dataclass(frozen=True, slots=True)
+class Later:
+    """An offer that is made when a stage asks for it, and not before."""
+
+    make: Callable[[], Any]
+
+
 def call(stage: Any, *args: Any, **offers: Any) -> Any:
     """Call a stage with those offers that it asks for."""
     wanted, takes_all = asks(code_of(stage))
-    return stage(*args, **(offers if takes_all else {k: offers[k] for k in wanted & offers.keys()}))
+    names = offers if takes_all else wanted & offers.keys()
+    taken = {k: o.make() if isinstance(o := offers[k], Later) else o for k in names}
+    return stage(*args, **taken)
 
 
 def takes(stage: Any) -> tuple[Any, ...]:
@@ -306,6 +331,11 @@ def asks(code: Any) -> tuple[frozenset[str], bool]:
     parameters = inspect.signature(code).parameters.values()
     named = frozenset(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
     return named - {"self"}, any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def judges(stage: Any) -> bool:
+    """Say whether a stage, or one inside it, tells whom it distrusts."""
+    return any("verdict" in asks(code_of(s))[0] for s in within(stage))
 
 
 def leaves_trace(stage: Any) -> bool:

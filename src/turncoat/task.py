@@ -36,12 +36,15 @@ class Model:
     criterion: Callable[[Tensor, Tensor], Tensor] = cross_entropy
     module: nn.Module = field(init=False, repr=False, compare=False)
     layout: Layout = field(init=False, repr=False, compare=False)
+    tensors: dict[str, Any] = field(init=False, repr=False, compare=False)  # the module's, by name
 
     def __post_init__(self) -> None:
         with torch.random.fork_rng(devices=[]):  # what the constructor draws is drawn again
             module = self.build()
         object.__setattr__(self, "module", module)
         object.__setattr__(self, "layout", Layout.of(module))
+        named = dict(module.named_parameters()) | dict(module.named_buffers())
+        object.__setattr__(self, "tensors", named)
 
     def initial(self, rng: Generator) -> Tensor:
         """Return a fresh start. Shape: ``(num_params,)``."""
@@ -85,21 +88,20 @@ class Learner:
 
     def __init__(self, model: Model, start: Tensor) -> None:
         self._module, self._criterion = model.module, model.criterion
-        layout = model.layout
+        layout, tensors = model.layout, model.tensors
         self.params = start.detach().clone()
         self.trainable = self.params[: layout.num_trainable]
         self.grad = torch.zeros_like(self.trainable)
-        tensors: dict[str, Any] = dict(self._module.named_parameters())
-        tensors |= dict(self._module.named_buffers())
         self._buffers = [(s, tensors[s.name]) for s in layout.slots if not s.trainable]
-        self._lent = [(p, p.data) for p in self._module.parameters()]
+        self._lent = [(p, p.data) for s in layout.slots if s.trainable for p in (tensors[s.name],)]
         views = layout.split(self.params)
         with torch.no_grad():
             for s in layout.slots:
                 tensors[s.name].data = views[s.name]  # of buffers a copy: they may be edited
                 if s.trainable:
                     tensors[s.name].grad = self.grad[s.start : s.stop].view(s.shape)
-        self._module.train()
+        if not self._module.training:
+            self._module.train()
 
     def backward(self, data: Batch) -> Tensor:
         """Fill ``grad`` with the gradient of the mean loss on ``data``; return that loss."""

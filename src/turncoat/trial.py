@@ -188,7 +188,10 @@ class Sabotage:
         return self.outcome.says
 
     def seats(self, federation: Federation[Any, Any]) -> list[Seat]:
-        return [Seat.SERVER] if self.server else [Seat.COALITION]
+        if self.server:
+            return [Seat.SERVER]
+        supplied = self.coalition is not None and self.coalition.is_supplied
+        return [Seat.SUPPLIER if supplied else Seat.COALITION]
 
 
 @dataclass(frozen=True, slots=True)

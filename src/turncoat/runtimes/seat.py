@@ -17,9 +17,10 @@ from torch import Generator, Tensor
 from turncoat.coalition import Coalition
 from turncoat.federation import Federation
 from turncoat.messages import Clear, Envelope
+from turncoat.metrics.detection import Caught
 from turncoat.randomness import Randomness, ambient
-from turncoat.stage import Memory, call
-from turncoat.task import Task
+from turncoat.stage import Later, Memory, Verdict, call, judges
+from turncoat.task import Batch, Task
 
 Cell = Mapping[str, Any]
 
@@ -37,40 +38,66 @@ class Seats:
     coalition: Coalition[Any] | None
     seed: int
 
+    @property
+    def wears_training(self) -> bool:
+        """Whether what the traitors do before they send anything is not an honest client's."""
+        worn = self.coalition
+        return worn is not None and any((worn.supply, worn.code, worn.prepare, worn.train))
+
     def cohort(self, round: int) -> tuple[int, ...]:
         """Return who takes part in a round."""
         return cohort_of(self.federation, len(self.task.clients), round, Randomness(self.seed))
 
     def train(
         self, envelope: Envelope, start: Tensor, kept: Cell, *, traitor: bool
-    ) -> tuple[Clear, Cell]:
-        """Prepare and train at one client; return the payload and the next memory."""
+    ) -> tuple[Clear, Cell, Caught | None]:
+        """Prepare and train at one client; return the payload, the next memory, and who was caught.
+
+        The last is of the client's records, where its preparation says which it distrusts.
+        """
         t, c = envelope.round, envelope.sender
         randomness, task = Randomness(self.seed), self.task
         worn = self.coalition if traitor else None
         prepare = (worn and worn.prepare) or self.federation.prepare
         train = (worn and worn.train) or self.federation.train
+        model = worn.code(task.model) if worn and worn.code else task.model
+        genuine, verdict = task.clients[c], Verdict()
         with ambient(randomness.at("ambient", t, c)):
+            given = genuine
+            if worn and worn.supply:
+                given = call(
+                    worn.supply,
+                    genuine,
+                    rng=Later(lambda: randomness.at("supply", t, c)),
+                    envelope=envelope,
+                    model=model,
+                    start=start,
+                    verdict=Verdict(),
+                )
             data = call(
                 prepare,
-                task.clients[c],
-                rng=randomness.at("prepare", t, c),
+                given,
+                rng=Later(lambda: randomness.at("prepare", t, c)),
                 envelope=envelope,
-                model=task.model,
+                model=model,
                 start=start,
+                verdict=verdict,
             )
             memory: Memory[Any] = Memory(dict(kept))
             payload = call(
                 train,
-                task.model,
+                model,
                 start,
                 data,
-                rng=randomness.at("train", t, c),
+                rng=Later(lambda: randomness.at("train", t, c)),
                 memory=memory,
                 public=task.public,
                 envelope=envelope,
             )
-        return payload, memory.cell
+        caught = None
+        if judges(prepare):
+            caught = Caught.of(verdict.flagged, _changed(genuine, given), len(given[1]))
+        return payload, memory.cell, caught
 
     def forge(self, view: Any, kept: Cell, round: int) -> tuple[Sequence[Clear], Cell]:
         """Return what the acting members send instead, one each, and the coalition's memory."""
@@ -99,7 +126,7 @@ class Seats:
         message = call(
             worn or self.federation.channel,
             payload,
-            rng=randomness.at("channel", t, c),
+            rng=Later(lambda: randomness.at("channel", t, c)),
             envelope=envelope,
             memory=memory,
             pairwise=_pairwise(randomness, t, c),
@@ -127,11 +154,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a job: a payload and the next memory, or the reason why there is none."""
+    """What became of a job: a payload and the next memory, or the reason why there is none.
+
+    Attributes:
+        caught: How the client's own check of its records did, if it has one.
+    """
 
     payload: Any
     kept: Cell
     fault: str | None = None
+    caught: Caught | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,9 +223,9 @@ def attempt(seats: Seats, envelope: Envelope, start: Tensor, job: Job) -> Done:
     A payload that is unfit to be sent is a fault too: it is found before it is dressed.
     """
     try:
-        payload, kept = seats.train(envelope, start, job.kept, traitor=job.traitor)
+        payload, kept, caught = seats.train(envelope, start, job.kept, traitor=job.traitor)
     except Exception as error:
-        if job.traitor and seats.coalition and (seats.coalition.prepare or seats.coalition.train):
+        if job.traitor and seats.wears_training:
             raise AttackBroke(f"client {job.client}'s attack raised {_said(error)}") from error
         return Done(None, job.kept, f"raised {_said(error)}")
     kind = seats.federation.trains
@@ -202,7 +234,19 @@ def attempt(seats: Seats, envelope: Envelope, start: Tensor, job: Job) -> Done:
             f"{seats.federation.train!r} is annotated {kind.__name__} but gave {payload!r}"
         )
     fault = payload.fault(start)
-    return Done(None if fault else payload, kept if fault is None else job.kept, fault)
+    if fault is not None:
+        return Done(None, job.kept, fault)
+    return Done(payload, kept, caught=caught)
+
+
+def _changed(genuine: Batch, given: Batch) -> frozenset[int]:
+    """Return which of the given examples are not those that there were at their place."""
+    if given is genuine:
+        return frozenset()
+    num = min(len(genuine[1]), len(given[1]))
+    same = (genuine[0][:num] == given[0][:num]).flatten(1).all(dim=1)
+    same &= (genuine[1][:num] == given[1][:num]).reshape(num, -1).all(dim=1)
+    return frozenset((~same).nonzero().flatten().tolist()) | frozenset(range(num, len(given[1])))
 
 
 def cohort_of(

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from turncoat.coalition import Coalition, check_members, check_worn
 from turncoat.federation import Federation
 from turncoat.messages import Envelope, Summable
+from turncoat.metrics.detection import Caught
 from turncoat.randomness import Randomness
 from turncoat.runtimes.pool import Workers, keep_memory
 from turncoat.runtimes.saved import Role, State
@@ -22,12 +24,15 @@ from turncoat.runtimes.seat import Done, Engine, Incident, Job, Seats, cohort_of
 from turncoat.runtimes.seen import coalition_view, views_of_round
 from turncoat.stage import (
     Broadcast,
+    Later,
     Memory,
     Plan,
     Trace,
+    Verdict,
     asks,
     call,
     code_of,
+    judges,
     matches,
     streams,
     within,
@@ -60,6 +65,7 @@ class Played:
     Attributes:
         num_bytes: What one client sent and received, on average. Headers are left out.
         aborted: Whether the state stayed as it was.
+        clients, records: What the rule caught of the traitors, and the honest of false records.
     """
 
     round: int
@@ -69,6 +75,8 @@ class Played:
     bytes_down: int
     incidents: tuple[Incident, ...] = ()
     aborted: bool = False
+    clients: Caught | None = None
+    records: Caught | None = None
 
 
 @dataclass(frozen=True)
@@ -192,6 +200,8 @@ class _Round:
         # filled only where someone looks: a round that streams holds no message
         self.payloads: dict[int, Any] = {}
         self.messages: list[Any] = []
+        self.caught: Caught | None = None
+        self.records: Caught | None = None
 
     def play(self) -> tuple[State, Played, list[tuple[Any, Any]]]:
         began = time.perf_counter()
@@ -210,12 +220,16 @@ class _Round:
             self.before.numel() * 4,
             tuple(self.incidents),
             aborted,
+            self.caught,
+            self.records,
         )
         return State(self.round + 1, after, self.memory), played, seen
 
     @property
     def _streams(self) -> bool:
         """Whether nobody needs to hold all messages: no rule, no forger, no channel, no watcher."""
+        if judges(self.federation.aggregate):
+            return False  # positions are those of the senders, who have to be known
         forges = self.coalition is not None and self.coalition.forge is not None
         paired = self._is_paired
         return streams(self.federation.aggregate) and not (forges or paired or self.watch)
@@ -235,7 +249,7 @@ class _Round:
             c: call(
                 stage,
                 self.before,
-                rng=self.randomness.at("broadcast", self.round, c),
+                rng=Later(partial(self.randomness.at, "broadcast", self.round, c)),
                 model=self.task.model,
                 envelope=Envelope(c, self.cohort, self.round),
             )
@@ -251,6 +265,8 @@ class _Round:
                 self._note(role[1], done.fault)
                 continue
             self._remember(role, done.kept)
+            if done.caught is not None:
+                self.records = (self.records or Caught()) + done.caught
             yield role[1], done.payload
 
     def _job(self, role: Role) -> Job:
@@ -369,6 +385,7 @@ class _Round:
         whole = messages if first is None else chain([first], messages)
         role = ("aggregate", -1)
         memory: Memory[Any] = Memory(dict(self.memory.get(role, {})))
+        verdict, senders = Verdict(), tuple(self.payloads)
         total = call(
             rule,
             whole if streams(rule) else list(whole),
@@ -379,7 +396,11 @@ class _Round:
             cohort=tuple(self.payloads) if self.payloads else self.cohort,
             public=self.task.public,
             trace=trace,
+            verdict=verdict,
         )
+        if judges(rule):
+            false = {i for i, c in enumerate(senders) if c in self.traitors}
+            self.caught = Caught.of(verdict.flagged, false, len(senders))
         if self.cohort and self.num_sent < federation.min_clients:
             self._too_few()
         step: Tensor = federation.opener.open(total) if isinstance(total, Summable) else total

@@ -7,6 +7,7 @@ The work is that of `turncoat.runtimes.seat`, as in every runtime. A node knows 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import astuple
 from typing import Any
 
 from flwr.app import Context, Message
@@ -66,6 +67,8 @@ def _trained(seats: Seats, order: Mapping[str, Any], context: Context) -> dict[s
         return reply | {"broke": str(error)}
     if done.fault is not None:
         return reply | {"fault": done.fault}
+    if done.caught is not None:
+        reply["caught"] = list(astuple(done.caught))
     channel: Cell = job.channel
     if job.shown:
         reply["payload"] = spelt(done.payload)

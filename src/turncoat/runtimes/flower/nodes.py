@@ -19,6 +19,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from turncoat.messages import Clear, Envelope
+from turncoat.metrics.detection import Caught
 from turncoat.runtimes.flower.wire import (
     Unfit,
     built,
@@ -197,9 +198,10 @@ class Nodes:
         )
         if fault is not None:
             return Done(None, job.kept, fault)
+        caught = _caught(reply.get("caught"))
         if job.shown:
-            return Done(_moved(thing, start), kept)
-        return Done(_Held(_moved(thing, start), channel, cohort), kept)
+            return Done(_moved(thing, start), kept, caught=caught)
+        return Done(_Held(_moved(thing, start), channel, cohort), kept, caught=caught)
 
     def _dressed_again(self, cohort: tuple[int, ...]) -> dict[int, Any]:
         """Ask all who are left to dress for each other; return their messages, or their faults."""
@@ -361,3 +363,10 @@ def _cut(text: Any) -> str:
     """Return the first line or so: an error may carry a whole trace."""
     whole = " ".join(str(text).split())
     return whole if len(whole) <= 300 else whole[:300] + " ..."
+
+
+def _caught(counts: Any) -> Caught | None:
+    """Return what a node says that it caught; nothing that is not four counts."""
+    if not isinstance(counts, list | tuple) or len(counts) != 4:
+        return None
+    return Caught(*counts) if all(type(n) is int and n >= 0 for n in counts) else None

@@ -64,7 +64,9 @@ class LocalSGD:
                     left -= 1
                     with torch.enable_grad():
                         learner.backward(
-                            data if size == num_examples else (inputs[chosen], labels[chosen])
+                            data
+                            if size == num_examples
+                            else (inputs.index_select(0, chosen), labels.index_select(0, chosen))
                         )
                     if self.weight_decay:
                         grad.add_(here, alpha=self.weight_decay)
