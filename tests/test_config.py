@@ -11,7 +11,7 @@ import torch
 
 from turncoat.attacks.backdoor.model_replacement import ModelReplacement
 from turncoat.coalition import Once
-from turncoat.config import ConfigError, Conflict, load
+from turncoat.config import ConfigError, Conflict, load, load_all
 from turncoat.games.outcomes import BackdoorSuccess
 from turncoat.parts import PARTS
 from turncoat.plan import Audit, plan
@@ -21,6 +21,7 @@ from turncoat.stages.aggregate.mean import Mean
 from turncoat.stages.aggregate.norm_bound import NormBound
 from turncoat.stages.aggregate.optimisers import ServerMomentum
 from turncoat.stages.channel.secure_aggregation import SecureAggregation
+from turncoat.stages.train.local import FedSGD
 from turncoat.trial import Blocked, Sabotage, Trial
 from turncoat.views import Seat
 
@@ -176,6 +177,37 @@ def test_overrides_reach_any_key(tmp_path: Path) -> None:
         load(path, overrides=["rounds"])
     with pytest.raises(ConfigError, match="'title' is a value and has no keys"):
         load(path, overrides=["title.x=1"])
+
+
+def test_variants_are_audits_that_differ_in_what_they_name(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    tables = "[variant.short]\nrounds = 2\n[variant.more]\ntask.num_clients = 7\n"
+    path.write_text(path.read_text() + tables)
+    whole = load_all(path)
+    assert list(whole) == ["short", "more"]
+    assert (whole["short"].num_rounds, len(whole["more"].task.clients)) == (2, 7)
+    assert whole["more"].title.endswith(": more") and whole["more"].variant == "more"
+    assert whole["short"].identity != whole["more"].identity
+    assert list(load_all(path, variant="more")) == ["more"]
+    with pytest.raises(ConfigError, match="describes 2 audits, its variants short, more"):
+        load(path)
+    with pytest.raises(ConfigError, match=r"no table \[variant.mor\]; did you mean 'more'"):
+        load_all(path, variant="mor")
+    with pytest.raises(ConfigError, match="has no key 'taks'; did you mean 'task'"):
+        path.write_text(path.read_text() + "[variant.wrong]\ntaks = 1\n")
+        load_all(path)
+
+
+def test_a_variant_of_a_file_without_any_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="leave --variant out"):
+        load_all(written(tmp_path), variant="x")
+
+
+def test_a_variant_that_names_a_part_takes_the_old_ones_place(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    tables = '[variant.a]\nfederation.train = { use = "fed-sgd", lr = 0.1 }\n'
+    path.write_text(path.read_text() + tables)
+    assert load_all(path)["a"].federations["none"].train == FedSGD(0.1)
 
 
 USER = """

@@ -23,8 +23,10 @@ from scipy import stats
 from tests.report_fixture import read_json, read_rows, write_audit, write_json, write_rows
 from turncoat.report import palette, words
 from turncoat.report.cost import costs
+from turncoat.report.overview import variants, write_overview
 from turncoat.report.page import page, write_report
 from turncoat.report.pooled import squares, t_interval, wilson
+from turncoat.report.ranking import ranked
 from turncoat.report.record import UnreadableAudit, read
 from turncoat.report.verdict import Verdict, still_can, verdicts
 
@@ -546,3 +548,50 @@ def test_the_page_fits_a_phone(whole: Path, tmp_path: Path) -> None:
     width = re.search(r"width (\d+)", dom)
     assert width is not None
     assert int(width[1]) <= 400
+
+
+def test_defences_are_ranked_by_the_worst_that_is_left(whole: Path) -> None:
+    record = read(whole)
+    matrix, prices = squares(record), costs(record)
+    ranks = ranked(record, matrix, prices, "coalition")
+    left = [r.worst.success for r in ranks if r.worst is not None and not r.unknown]
+    assert sorted(left) == pytest.approx(left, abs=0.01)
+    for rank in ranks:
+        others = [s.success for s in matrix.values() if s.seat == "coalition"]
+        assert rank.worst is None or rank.worst.success in others
+    none = next(r for r in ranks if r.defence == "none")
+    assert none.worst is not None
+    assert none.worst.attack == "model-replacement"
+    assert "Defences by the worst that is left" in page_of(whole)
+
+
+def test_a_defence_that_is_not_known_ranks_last(small: Path) -> None:
+    best = ranked_names(small)[0]
+    edit_cells(
+        small, lambda c: {**c, "status": "failed", "error": "x"} if c["defence"] == best else c
+    )
+    names = ranked_names(small)
+    assert names.index("none") < names.index(best)
+
+
+def ranked_names(folder: Path) -> list[str]:
+    record = read(folder)
+    return [r.defence for r in ranked(record, squares(record), costs(record), "coalition")]
+
+
+def test_variants_stand_side_by_side_in_the_order_of_the_file(tmp_path: Path) -> None:
+    for name in ("iid", "dirichlet"):
+        write_audit(tmp_path / name, num_seeds=1, **FEW)
+        config = tmp_path / name / "config.toml"
+        config.write_text("[variant.iid]\n[variant.dirichlet]\n" + config.read_text())
+    assert [f.name for f in variants(tmp_path)] == ["iid", "dirichlet"]
+    text = write_overview(tmp_path).read_text(encoding="utf-8")
+    assert text.index("iid/report.html") < text.index("dirichlet/report.html")
+    assert text.count("Defences by the worst that is left in any variant") > 1
+    assert "<script" not in text
+
+
+def test_a_folder_without_variants_has_no_overview(small: Path, tmp_path: Path) -> None:
+    assert variants(small) == []
+    with pytest.raises(UnreadableAudit, match="no variant of an audit"):
+        write_overview(tmp_path / "nowhere")

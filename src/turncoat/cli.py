@@ -47,6 +47,13 @@ class RunsOn(StrEnum):
     FLOWER_RAY = "flower-ray"
 
 
+class DoneBy(StrEnum):
+    """Who trains and attacks. The bits of the result are the same."""
+
+    PROCESSES = "processes"
+    RAY = "ray"
+
+
 class Kind(StrEnum):
     ATTACKS = "attacks"
     DEFENCES = "defences"
@@ -89,6 +96,9 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a key of the file: rounds=5, attack.lira.num_shadows=8."),
 ]
+Variant = Annotated[
+    str | None, typer.Option(help="Of a file with tables \\[variant.NAME]: only this one.")
+]
 Seeds = Annotated[int | None, typer.Option(min=1, help="Audit so many seeds, from 0 on.")]
 
 
@@ -100,9 +110,11 @@ def audit(
     ] = None,
     seeds: Seeds = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Processes of one thread each; all cores without.")
+        int | None,
+        typer.Option(min=1, help="Processes of one thread each; all cores, or CPUs, without."),
     ] = None,
     settings: Set = None,
+    variant: Variant = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     update: Annotated[
         bool, typer.Option("--update", help="Go on in a folder that holds another audit.")
@@ -110,61 +122,88 @@ def audit(
     runtime: Annotated[
         RunsOn, typer.Option(help="Who plays the rounds; Flower gives the same bits.")
     ] = RunsOn.SIMULATE,
+    executor: Annotated[
+        DoneBy, typer.Option(help="Who trains and attacks: processes here, or a Ray cluster.")
+    ] = DoneBy.PROCESSES,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the Ray cluster: auto (the one that runs here; without), host:6379, "
+            "ray://host:10001, or local, which starts one here."
+        ),
+    ] = None,
 ) -> None:
     """Play every attack against every defence, and write a report.
 
     What is finished is kept: the same command goes on where it stopped.
     """
     with _errors_in_words():
-        from turncoat.audit import run_audit
-        from turncoat.record import FolderUnusable, num_left_out
-
         path = _file(file)
-        wanted = _load(path, settings, seeds)
+        all_wanted = _load(path, settings, seeds, variant)
         _check_device(device)
-        where = folder or Path("audits") / path.stem
-        out.print(f"[bold]{escape(wanted.title)}[/bold]")
-        try:
-            with _progress() as on_event:
-                cells = run_audit(
-                    wanted,
-                    where,
-                    num_jobs=1 if runtime is RunsOn.FLOWER_RAY else jobs or _cores(),
-                    device=device,
-                    runtime=_runtime(runtime, jobs or _cores()),
-                    update=update,
-                    command=shlex.join(["turncoat", *sys.argv[1:]]),
-                    on_event=on_event,
-                )
-            page = _report(where)
-        except FolderUnusable:
-            raise
-        except OSError as error:
-            raise FolderUnusable(
-                f"cannot write to {where}: {error.strerror or error}: make room, or choose another "
-                "--out; what is finished is kept, and the same command goes on"
-            ) from error
-        failed = _failures(cells)
-        for why, names in failed.items():
-            err.print(f"[yellow]failed[/yellow] {escape(f'{why} ({names})')}", soft_wrap=True)
-        if left_out := num_left_out(where):
-            said = (
-                "clients were left out of a round for what they sent; the report says who and why"
-            )
-            err.print(f"[yellow]{left_out} times[/yellow] {said}", soft_wrap=True)
-        out.print(f"\nReport: [bold]{escape(str(page))}[/bold]")
+        crew = _executor(executor, address, jobs, runtime, device)
+        where, failed = folder or Path("audits") / path.stem, False
+        how = {
+            "num_jobs": 1 if runtime is RunsOn.FLOWER_RAY else jobs or _cores(),
+            "device": device,
+            "runtime": _runtime(runtime, jobs or _cores()),
+            "executor": crew,
+            "update": update,
+            "command": shlex.join(["turncoat", *sys.argv[1:]]),
+        }
+        for name, wanted in all_wanted.items():
+            failed |= _audited(wanted, where / name, how)
+        if any(all_wanted):
+            _overview(where)
         if failed:
             raise typer.Exit(Exit.FAILED_CELLS)
 
 
+def _audited(wanted: Audit, where: Path, how: Mapping[str, Any]) -> bool:
+    """Run one audit and say what came of it; return whether something broke down."""
+    from turncoat.audit import run_audit
+    from turncoat.record import FolderUnusable, num_left_out
+
+    out.print(f"[bold]{escape(wanted.title)}[/bold]")
+    try:
+        with _progress() as on_event:
+            cells = run_audit(wanted, where, on_event=on_event, **how)
+        page = _report(where)
+    except FolderUnusable:
+        raise
+    except OSError as error:
+        raise FolderUnusable(
+            f"cannot write to {where}: {error.strerror or error}: make room, or choose another "
+            "--out; what is finished is kept, and the same command goes on"
+        ) from error
+    failed = _failures(cells)
+    for why, names in failed.items():
+        err.print(f"[yellow]failed[/yellow] {escape(f'{why} ({names})')}", soft_wrap=True)
+    if left_out := num_left_out(where):
+        said = "clients were left out of a round for what they sent; the report says who and why"
+        err.print(f"[yellow]{left_out} times[/yellow] {said}", soft_wrap=True)
+    out.print(f"\nReport: [bold]{escape(str(page))}[/bold]")
+    return bool(failed)
+
+
+def _overview(where: Path) -> None:
+    from turncoat.report.overview import write_overview
+
+    page = write_overview(where)
+    out.print(f"\nAll variants side by side: [bold]{escape(str(page))}[/bold]")
+
+
 @app.command()
-def explain(file: File = None, seeds: Seeds = None, settings: Set = None) -> None:
+def explain(
+    file: File = None, seeds: Seeds = None, settings: Set = None, variant: Variant = None
+) -> None:
     """Say who sits where and sees what, what blocks what, and which ε holds. Trains nothing."""
     with _errors_in_words():
         from turncoat.explain import explained
 
-        for line in explained(_load(_file(file), settings, seeds)):
-            out.print(line)
+        for wanted in _load(_file(file), settings, seeds, variant).values():
+            for line in explained(wanted):
+                out.print(line)
 
 
 @app.command(name="list")
@@ -200,9 +239,14 @@ def report(
     """Make the page of an audit again from what its folder holds."""
     with _errors_in_words():
         from turncoat.record import write_records
+        from turncoat.report.overview import variants
 
-        write_records(folder)
-        out.print(f"\nReport: [bold]{escape(str(_report(folder)))}[/bold]")
+        audits = variants(folder)
+        for one in audits or [folder]:
+            write_records(one)
+            out.print(f"\nReport: [bold]{escape(str(_report(one)))}[/bold]")
+        if audits:
+            _overview(folder)
 
 
 @app.command()
@@ -236,10 +280,12 @@ def _file(name: str | None) -> Path:
     return path
 
 
-def _load(path: Path, settings: list[str] | None, seeds: int | None) -> Audit:
-    from turncoat.config import load
+def _load(
+    path: Path, settings: list[str] | None, seeds: int | None, variant: str | None
+) -> dict[str, Audit]:
+    from turncoat.config import load_all
 
-    return load(path, overrides=settings or (), num_seeds=seeds)
+    return load_all(path, overrides=settings or (), num_seeds=seeds, variant=variant)
 
 
 def _failures(cells: Mapping[Planned, Cell]) -> dict[str, str]:
@@ -287,6 +333,29 @@ def _runtime(name: RunsOn, num_jobs: int) -> Any:
     from turncoat.runtimes.flower.engines import in_process, on_ray
 
     return in_process if name is RunsOn.FLOWER else partial(on_ray, num_processes=num_jobs)
+
+
+def _executor(
+    name: DoneBy, address: str | None, jobs: int | None, runtime: RunsOn, device: str
+) -> Any:
+    """Return who does the work of an audit; None means processes here."""
+    from turncoat.config import ConfigError
+
+    if name is DoneBy.PROCESSES:
+        if address is not None:
+            raise ConfigError("--address is a Ray cluster's: add --executor ray")
+        return None
+    if runtime is RunsOn.FLOWER_RAY:
+        raise ConfigError(
+            "--runtime flower-ray starts a Ray of its own in each worker: with --executor ray use "
+            "--runtime simulate or flower, which give the same bits"
+        )
+    if device != "cpu":
+        raise ConfigError(f"--executor ray works on CPUs: leave out --device {device}")
+    from turncoat.runtimes.cluster import on_cluster
+
+    where = address or "auto"
+    return on_cluster(where, jobs or (_cores() if where == "local" else None))
 
 
 def _check_device(name: str) -> None:
@@ -349,7 +418,7 @@ def _progress() -> Iterator[Any]:
         task = bar.add_task("", total=None, left="")
 
         def show(event: Event) -> None:
-            if event.what in ("plan", "failed"):
+            if event.what in ("plan", "failed", "lost"):
                 bar.console.print(escape(event.text))
             left = pace.left(event)
             bar.update(
@@ -379,7 +448,7 @@ class _Pace:
     def lines(self, event: Event) -> None:
         now = time.monotonic()
         last = event.done == event.of
-        if event.what in ("plan", "failed") or last or now - self.said > 10:
+        if event.what in ("plan", "failed", "lost") or last or now - self.said > 10:
             self.said = now
             said = event.text if event.what != "plan" else f"plan: {event.text}"
             print(f"[{event.done}/{event.of}] {said} {self.left(event)}".rstrip(), flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import re
 import tomllib
 import traceback
 import types
@@ -33,6 +34,7 @@ from turncoat.views import CoalitionView, Seat
 _TOP = {"title", "rounds", "seeds", "delta", "defences", "task", "federation", "coalition"} | {
     "attack",
     "defence",
+    "variant",
 }
 _PLAYED_BY = {"server": Seat.SERVER, "supply": Seat.SUPPLIER, "code": Seat.SUPPLIER}
 _OF_A_TRIAL = {"at", "by", "game", "outcome", "coalition", "acts", "seats"}
@@ -63,11 +65,31 @@ class Where:
 
 
 def load(path: Path, *, overrides: Sequence[str] = (), num_seeds: int | None = None) -> Audit:
-    """Return the audit that a TOML file describes.
+    """Return the one audit that a TOML file describes; the arguments are those of ``load_all``."""
+    found = load_all(path, overrides=overrides, num_seeds=num_seeds)
+    if len(found) > 1:
+        raise ConfigError(
+            f"{path.name} describes {len(found)} audits, its variants {', '.join(found)}; here one "
+            "is needed: leave the tables [variant.NAME] out but for one of them"
+        )
+    return next(iter(found.values()))
+
+
+def load_all(
+    path: Path,
+    *,
+    overrides: Sequence[str] = (),
+    num_seeds: int | None = None,
+    variant: str | None = None,
+) -> dict[str, Audit]:
+    """Return the audits that a TOML file describes: one for each table ``[variant.NAME]``.
+
+    A variant is the file with some tables changed. A file without any is one audit, named "".
 
     Args:
         overrides: ``"key.of.a.table=value"``, the value as TOML has it, or a bare string.
         num_seeds: Audit the seeds 0 to ``num_seeds - 1``, whatever the file says.
+        variant: Return this one alone.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
@@ -86,7 +108,39 @@ def load(path: Path, *, overrides: Sequence[str] = (), num_seeds: int | None = N
         _override(tables, override)
     if num_seeds is not None:
         tables["seeds"] = num_seeds
-    return _audit(tables, where, text, tuple(overrides))
+    variants = _table(tables, "variant", where)
+    tables.pop("variant", None)
+    if variant is not None and variant not in variants:
+        cure = nearest(variant, variants) if variants else "leave --variant out"
+        raise ConfigError(f"{where} has no table [variant.{variant}]; {cure}")
+    if not variants:
+        return {"": _audit(tables, where, text, tuple(overrides))}
+    found = {}
+    for name, changes in variants.items():
+        if variant not in (None, name):
+            continue
+        at = where / "variant" / name
+        if re.search(r"[^\w.+ -]|^\.", name):
+            raise ConfigError(f"{at}: a variant's name is a folder's too: letters, digits, - and _")
+        if not isinstance(changes, dict):
+            raise ConfigError(f"{at} must be a table of changes, such as task.partition = ...")
+        known_keys(changes, _TOP - {"variant"}, at)
+        audit = _audit(_changed(tables, changes), where, text, tuple(overrides))
+        title = audit.title if "title" in changes else f"{audit.title}: {name}"
+        found[name] = replace(audit, title=title, variant=name)
+    return found
+
+
+def _changed(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a table with changes, key by key; one that names a part takes the old one's place."""
+    new = dict(table)
+    for key, value in changes.items():
+        old = new.get(key)
+        if isinstance(value, dict) and isinstance(old, dict) and "use" not in value:
+            new[key] = _changed(old, value)
+        else:
+            new[key] = value
+    return new
 
 
 def _audit(tables: dict[str, Any], where: Where, text: str, overrides: tuple[str, ...]) -> Audit:
@@ -480,6 +534,11 @@ def _nested(hint: Any, value: Any, where: Where, kind: str = "") -> Any:
         return where.folder / value  # of the file's own folder first, then of the current one
     plain = (str, int, float, bool, type(None), list, tuple, dict, Any, set, frozenset, Path)
     made = [o for o in options if (get_origin(o) or o) not in plain and _is_built(o)]
+    each = get_args(hint)[0] if get_origin(hint) is tuple else next(
+        (get_args(o)[0] for o in options if get_origin(o) is tuple), None
+    )
+    if isinstance(value, list) and each is not None and _is_built(each):
+        return tuple(_nested(each, v, where / str(i), kind) for i, v in enumerate(value))
     is_part = isinstance(value, dict) and "use" in value
     if made and (is_part or (isinstance(value, str) and str not in options)):
         return build(value, where, kind=_kind_of(made[0], kind))

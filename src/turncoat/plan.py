@@ -42,7 +42,7 @@ class Audit:
         entries: The attacks by name.
         delta: At which every ε is stated.
         titles: What people call a federation, where its name does not say enough.
-        text, overrides: The file this came from, for the record.
+        text, overrides, variant: The file this came from, and which of its variants it is.
     """
 
     title: str
@@ -55,6 +55,7 @@ class Audit:
     titles: Mapping[str, str] = field(default_factory=dict)
     text: str = ""
     overrides: tuple[str, ...] = ()
+    variant: str = ""
 
     @cached_property
     def task_key(self) -> str:

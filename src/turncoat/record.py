@@ -142,6 +142,7 @@ def write_plan(folder: Path, audit: Audit, todo: Plan, command: str) -> None:
     }
     write_text(folder / "plan.json", json.dumps(whole, indent=1))
     said = "".join(f"# --set {o}\n" for o in audit.overrides)
+    said += f"# --variant {audit.variant}\n" if audit.variant else ""
     write_text(folder / "config.toml", said + audit.text)
 
 
@@ -157,6 +158,7 @@ def planned_record(audit: Audit) -> dict[str, Any]:
         "delta": audit.delta,
         "config_sha256": hashlib.sha256(audit.text.encode()).hexdigest(),
         "overrides": list(audit.overrides),
+        "variant": audit.variant,
         "task": {
             "name": task.name,
             "source": task.source,

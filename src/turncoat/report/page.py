@@ -17,6 +17,7 @@ from turncoat.report.cost import Cost, costs, done, runs
 from turncoat.report.figures import Array, Drawing
 from turncoat.report.gallery import Exhibition, Tensors, exhibition, exhibits
 from turncoat.report.pooled import num_missing, squares
+from turncoat.report.ranking import Rank, ranked
 from turncoat.report.record import Record, Row, read
 from turncoat.report.verdict import (
     NOT_TRIED,
@@ -29,7 +30,7 @@ from turncoat.report.verdict import (
     strongest,
 )
 
-_HERE = Path(__file__).parent
+HERE = Path(__file__).parent
 _MOST_INCIDENTS = 30
 _TONES = {"void": "grave", "danger": "grave", "unknown": "mild"}
 
@@ -97,23 +98,23 @@ def _render(
     drawn: Mapping[str, Sequence[Drawing]],
 ) -> str:
     environment = Environment(
-        loader=FileSystemLoader(_HERE),
+        loader=FileSystemLoader(HERE),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_unbroken,
+        finalize=unbroken,
     )
     environment.globals.update(words=words, style=figures.style, plural=words.count)
     text = environment.get_template("page.html.jinja").render(
         record=record,
         plan=record.plan,
         task=record.plan["task"],
-        css=Markup(_css()),
+        css=Markup(css()),
         findings=_findings(record),
         verdicts=judge(record, matrix, prices),
         matrix=matrix,
-        emphasised=_emphasised,
+        emphasised=emphasised,
         groups=_groups(matrix),
         footnotes=_footnotes(record, matrix),
         missing=sum(num_missing(square) for square in matrix.values()),
@@ -124,6 +125,7 @@ def _render(
         lost=lost,
         panels={name: [_panel(d) for d in group] for name, group in drawn.items()},
         costs=prices,
+        rankings=_rankings(record, matrix, prices),
         stages={d["name"]: d for d in record.plan["defences"]},
         sights=_sights(record),
         incidents=_incidents(record),
@@ -134,27 +136,27 @@ def _render(
     return re.sub(r"\n\s*\n+", "\n", text)
 
 
-def _unbroken(value: Any) -> Any:
+def unbroken(value: Any) -> Any:
     """Keep a figure and its unit on one line."""
     if type(value) is not str:
         return value
     return re.sub(r"(\d) (%|dB|kB|MB|GB|s\b|points)", "\\1\N{NO-BREAK SPACE}\\2", value)
 
 
-def _emphasised(verdict: Verdict) -> Markup:
+def emphasised(verdict: Verdict) -> Markup:
     """Return a finding with its figure in bold."""
-    text = escape(_unbroken(verdict.finding))
+    text = escape(unbroken(verdict.finding))
     if verdict.state != "open" or verdict.strongest is None or verdict.strongest.headline is None:
         return text
-    value = escape(_unbroken(verdict.strongest.headline.text))
+    value = escape(unbroken(verdict.strongest.headline.text))
     return Markup(str(text).replace(str(value), f"<strong>{value}</strong>", 1))
 
 
-def _css() -> str:
+def css() -> str:
     def block(colours: palette.Palette) -> str:
         return "".join(f"{name}:{value};" for name, value in palette.variables(colours).items())
 
-    text = (_HERE / "page.css").read_text(encoding="utf-8")
+    text = (HERE / "page.css").read_text(encoding="utf-8")
     return text.replace("/* LIGHT */", block(palette.LIGHT)).replace(
         "/* DARK */", block(palette.DARK)
     )
@@ -170,6 +172,17 @@ def _groups(matrix: Matrix) -> dict[str, list[str]]:
     for attack, seat, _ in matrix:
         groups.setdefault(seat, {})[attack] = None
     return {seat: list(attacks) for seat, attacks in groups.items()}
+
+
+def _rankings(record: Record, matrix: Matrix, prices: Mapping[str, Cost]) -> dict[str, list[Rank]]:
+    """Return the ranks at every seat where an attack was scored and there is what to rank."""
+    if len(record.defences) < 2:
+        return {}
+    return {
+        seat: ranked(record, matrix, prices, seat)
+        for seat in _groups(matrix)
+        if any(s.status == "scored" for d in record.defences for s in column(matrix, seat, d))
+    }
 
 
 def _footnotes(record: Record, matrix: Matrix) -> Footnotes:

@@ -17,7 +17,14 @@ _WHO = {
     "supplier": "A dishonest supplier",
     "neighbour": "A neighbour on the same machine",
 }
-_METRICS = {"auc": "AUC", "psnr": "PSNR", "ssim": "SSIM", "mse": "MSE", "lpips": "LPIPS"}
+_METRICS = {
+    "auc": "AUC",
+    "psnr": "PSNR",
+    "ssim": "SSIM",
+    "mse": "MSE",
+    "lpips": "LPIPS",
+    "f1": "F1",
+}
 _PERCENT = re.compile(r"accuracy|success|rate|tpr|recall|precision")
 _VIEWS = {
     "ServerView": "of each client, by name, {}; and what it sent them",
