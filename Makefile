@@ -22,6 +22,8 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.federation
 	$(BIN)/python -m benchmarks.flower
+	-$(BIN)/pip install --quiet --no-deps byzfl==0.0.11
+	$(BIN)/python -m benchmarks.aggregation
 
 reproduce: $(READY)
 	$(BIN)/python -m papers

@@ -31,6 +31,7 @@ from benchmarks.contenders import NET, Contender, Flower, Loop, Turncoat, Work
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
+AGGREGATION = "# Aggregation rules"  # the part of the page that benchmarks.aggregation writes
 NUM_EXAMPLES = 60_000  # all of MNIST's training set
 WARM_UP = 1  # rounds that nobody times: workers start in them
 NEVER_PLAYED = 1  # the last one
@@ -438,7 +439,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.write:
         command = " ".join(["python -m benchmarks.federation", *(arguments or sys.argv[1:])])
         head = f"## {date.today().isoformat()}: `{command}`"
-        PAGE.write_text("\n".join([PREFACE, head, "", *lines]))
+        kept = "".join(PAGE.read_text().partition(AGGREGATION)[1:]) if PAGE.exists() else ""
+        PAGE.write_text("\n".join([PREFACE, head, "", *lines, kept]))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ HERE = Path(__file__).parent
 FIRST_SEED = 10  # those below, and from 100 on, are for trying recipes out
 SCHEMA_VERSION = 1
 _NOTHING = "\N{EN DASH}"
+_GRID = " | "  # in the name of a figure that stands in a table of its own: "title: row | column"
 _PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "scikit-image", "opacus", "dp-accounting")
 
 
@@ -312,7 +313,7 @@ def _lines(known: Mapping[str, Any]) -> Iterator[str]:
     for e in known["experiments"]:
         for x in e["expectations"]:
             value, interval = _shown(e["figures"].get(x["figure"]))
-            name = x["figure"].replace("_", " ")
+            name = x["figure"].replace("_", " ").replace(_GRID, ", ")
             link = f"[{e['name']}](#{e['name']})"
             yield f"| {link} | {name} | {value} | {interval} | {x['expected']} | {x['verdict']} |"
     for e in known["experiments"]:
@@ -331,12 +332,34 @@ def _section(e: Mapping[str, Any]) -> Iterator[str]:
         yield "- **Note.** The package's text has changed since some of these runs."
     for why in e["failures"]:
         yield f"- **Failed.** {why}"
-    if e["figures"]:
+    yield from _grids({n: f for n, f in e["figures"].items() if _GRID in n})
+    alone = {n: f for n, f in e["figures"].items() if _GRID not in n}
+    if alone:
         yield from ("", "| figure | value | 95 % interval | seed by seed |", "|---|---|---|---|")
-    for name, figure in e["figures"].items():
+    for name, figure in alone.items():
         value, interval = _shown(figure)
         each = ", ".join(map(_number, figure["values"])) if len(figure["values"]) > 1 else _NOTHING
         yield f"| {name.replace('_', ' ')} | {value} | {interval} | {each} |"
+
+
+def _grids(figures: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yield one table for each title of figures that are called "title: row | column"."""
+    grids: dict[str, dict[str, dict[str, Mapping[str, Any]]]] = {}
+    for name, figure in figures.items():
+        head, _, column = name.partition(_GRID)
+        title, _, row = head.rpartition(": ")
+        grids.setdefault(title, {}).setdefault(row, {})[column] = figure
+    for title, rows in grids.items():
+        columns = list(dict.fromkeys(c for row in rows.values() for c in row))
+        yield from ("", f"| {title} | " + " | ".join(columns) + " |")
+        yield "|---|" + "---:|" * len(columns)
+        for row, cells in rows.items():
+            yield f"| {row} | " + " | ".join(_cell(cells.get(c)) for c in columns) + " |"
+
+
+def _cell(figure: Mapping[str, Any] | None) -> str:
+    value, interval = _shown(figure)
+    return value if interval == _NOTHING else f"{value} ({interval})"
 
 
 def _shown(figure: Mapping[str, Any] | None) -> tuple[str, str]:

@@ -17,14 +17,34 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
+from turncoat.attacks.backdoor.alternating_minimisation import (
+    AlternatingMinimisation,
+    ExplicitBoosting,
+)
+from turncoat.attacks.backdoor.blind import BlindBackdoor
+from turncoat.attacks.backdoor.constrain_and_scale import ConstrainAndScale
+from turncoat.attacks.backdoor.edge_cases import Tail
 from turncoat.attacks.backdoor.model_replacement import ModelReplacement
-from turncoat.attacks.backdoor.triggers import PixelPattern
+from turncoat.attacks.backdoor.neurotoxin import Neurotoxin
+from turncoat.attacks.backdoor.planted import Backdoored, CleanLabel, EdgeCase, Relabelled
+from turncoat.attacks.backdoor.projected import PGDBackdoor
+from turncoat.attacks.backdoor.triggers import Blended, DistributedPattern, PixelPattern
 from turncoat.attacks.inversion.inverting_gradients import InvertingAggregate, InvertingGradients
 from turncoat.attacks.membership.lira import LiRA
 from turncoat.attacks.membership.loss_threshold import LossThreshold
 from turncoat.attacks.poisoning.alie import ALIE
+from turncoat.attacks.poisoning.availability import Availability
+from turncoat.attacks.poisoning.boost import Boost
+from turncoat.attacks.poisoning.fang import FangKrum, FangTrimmedMean
+from turncoat.attacks.poisoning.gaussian import Gaussian
+from turncoat.attacks.poisoning.ipm import IPM
 from turncoat.attacks.poisoning.label_flip import LabelFlip
+from turncoat.attacks.poisoning.mimic import Mimic
+from turncoat.attacks.poisoning.min_max import MinMax, MinSum
+from turncoat.attacks.poisoning.poisoned_fl import PoisonedFL
 from turncoat.attacks.poisoning.sign_flip import SignFlip
+from turncoat.attacks.poisoning.strongest import Strongest
+from turncoat.attacks.poisoning.tailored import Tailored
 from turncoat.coalition import Always, Clients, Every, From, Once, Pool
 from turncoat.config import Where, part
 from turncoat.federation import (
@@ -36,20 +56,49 @@ from turncoat.federation import (
     WhiteBox,
 )
 from turncoat.games.membership import Membership
-from turncoat.games.outcomes import AccuracyLost, BackdoorSuccess, TargetedError
+from turncoat.games.outcomes import (
+    AccuracyLost,
+    BackdoorSuccess,
+    EdgeCaseSuccess,
+    SourceRecall,
+    TargetConfidence,
+    TargetedError,
+)
 from turncoat.games.reconstruction import Reconstruct
+from turncoat.graphs import Complete, RandomRegular, Ring, StarOfStars
 from turncoat.messages import Clear, Update, rows
 from turncoat.parts import PARTS
 from turncoat.randomness import Randomness
-from turncoat.stage import PLACES, Aggregate, Memory, Prepare, Train, stands
+from turncoat.stage import PLACES, Aggregate, Memory, Prepare, Train, call, stands
+from turncoat.stages.aggregate.centred_clipping import CentredClipping
 from turncoat.stages.aggregate.coordinatewise import Median, TrimmedMean
+from turncoat.stages.aggregate.crfl import CRFL
+from turncoat.stages.aggregate.diameter import MDA, MoNNA
+from turncoat.stages.aggregate.dnc import DnC
+from turncoat.stages.aggregate.flame import FLAME
+from turncoat.stages.aggregate.flanders import FLANDERS
+from turncoat.stages.aggregate.fldetector import FLDetector
+from turncoat.stages.aggregate.fltrust import FLTrust
+from turncoat.stages.aggregate.foolsgold import FoolsGold
 from turncoat.stages.aggregate.geometric_median import GeometricMedian
 from turncoat.stages.aggregate.krum import Krum, MultiKrum
 from turncoat.stages.aggregate.mean import Mean
 from turncoat.stages.aggregate.norm_bound import NormBound
 from turncoat.stages.aggregate.optimisers import ServerAdam, ServerMomentum, ServerSGD
+from turncoat.stages.aggregate.robust_lr import RobustLR
+from turncoat.stages.aggregate.signguard import SignGuard
+from turncoat.stages.aggregate.sparsefed import SparseFed
+from turncoat.stages.aggregate.update_analysis import CosineTest, NormTest, UpdatePCA
+from turncoat.stages.aggregate.weak_dp import WeakDP
 from turncoat.stages.channel.secure_aggregation import SecureAggregation
+from turncoat.stages.prepare.activation_clustering import ActivationClustering
+from turncoat.stages.prepare.influence_filter import InfluenceFilter
+from turncoat.stages.prepare.loss_filter import LossFilter
+from turncoat.stages.prepare.spectral_signatures import SpectralSignatures
+from turncoat.stages.release.fine_pruning import FinePruning
+from turncoat.stages.release.neural_cleanse import NeuralCleanse
 from turncoat.stages.release.queries import Queries
+from turncoat.stages.release.smoothed import SmoothedVote
 from turncoat.stages.train.dpsgd import DPSGD
 from turncoat.stages.train.local import Clipped, FedSGD, LocalSGD
 from turncoat.task import Batch, Model, Task
@@ -75,6 +124,7 @@ from turncoat.views import CoalitionView, ModelView
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 SGD = LocalSGD(0.1, batch_size=4)
+POISON = Backdoored(trigger=PixelPattern(2), target=0, share=0.5)
 
 
 @dataclass(frozen=True)
@@ -104,11 +154,42 @@ ATTACKS = {
     "label-flip": cited(LabelFlip(0, 2), {"target": 0}, {"share": 1.5}),
     "sign-flip": cited(SignFlip(3.0), {"scale": 0.0}),
     "alie": cited(ALIE(1.5), {"z": -1.0}),
+    "gaussian": cited(Gaussian(2.0, std=200.0), {"scale": 0.0}, {"std": -1.0}),
+    "ipm": cited(IPM(0.1), {"epsilon": 0.0}),
+    "boost": cited(Boost(7.0), {"factor": 0.0}),
+    "mimic": cited(Mimic(3), {"num_warm_up_rounds": 0}),
+    "fang-krum": cited(FangKrum(1e-4, 2), {"threshold": 0.0}, {"num_byzantine": -1}),
+    "fang-trimmed-mean": cited(FangTrimmedMean(), {"stretch": 0.5}, {"furthest": 2.0}),
+    "min-max": cited(MinMax("unit"), {"perturbation": "up"}),
+    "min-sum": cited(MinSum("sign", "min", "closed-form"), {"bound": "mean"}),
+    "tailored": cited(Tailored("std", 8.0, 2), {"reach": 0.5}, {"num_steps": -1}),
+    "poisoned-fl": cited(PoisonedFL(4.0), {"scale": 0.0}, {"decay": 1.5}, {"num_rounds": 0}),
+    "strongest": cited(Strongest((IPM(), MinMax()), (Median(),)), {"forges": ()}, {"panel": ()}),
     "model-replacement": cited(
         ModelReplacement(trigger=PixelPattern(2), target=0, inner=SGD, boost=3.0),
         {"poison_fraction": -0.5},
         {"boost": 0.0},
     ),
+    "backdoored": cited(POISON, {"target": -1}, {"share": 1.5}),
+    "clean-label": cited(
+        CleanLabel(trigger=PixelPattern(2), target=0, epsilon=0.1), {"epsilon": -1.0}
+    ),
+    "edge-case": cited(EdgeCase(edge=Tail(1, 0.5), target=0), {"share": 2.0}),
+    "relabelled": cited(Relabelled(source=1, target=0), {"target": 1}, {"num_records": 0}),
+    "constrain-and-scale": cited(
+        ConstrainAndScale(poison=POISON, inner=SGD, stop_loss=0.1, boost=2.0),
+        {"alpha": 1.5},
+        {"bound": 1.0},
+    ),
+    "pgd-backdoor": cited(PGDBackdoor(poison=POISON, inner=SGD, every=2), {"radius": 0.0}),
+    "neurotoxin": cited(Neurotoxin(poison=POISON, inner=SGD, ratio=0.5), {"ratio": -0.1}),
+    "explicit-boosting": cited(ExplicitBoosting(poison=POISON, inner=SGD), {"boost": 0.0}),
+    "alternating-minimisation": cited(
+        AlternatingMinimisation(poison=POISON, inner=SGD, num_stealth_steps=2),
+        {"num_stealth_steps": 0},
+        {"rho": -1.0},
+    ),
+    "blind-backdoor": cited(BlindBackdoor(trigger=PixelPattern(2), target=0), {"threshold": 0.0}),
 }
 
 STAGES = {
@@ -130,6 +211,27 @@ STAGES = {
     "multi-krum": cited(MultiKrum(2, 3), {"num_byzantine": -1}, {"num_selected": 0}),
     "geometric-median": cited(GeometricMedian(), {"max_iterations": 0}),
     "norm-bound": cited(NormBound(Mean(), ratio=2.0), {"ratio": None}, {"max_norm": 1.0}),
+    "centred-clipping": cited(CentredClipping(0.1, 2), {"tau": 0.0}, {"num_iterations": 0}),
+    "dnc": cited(DnC(2, num_coordinates=50), {"num_byzantine": -1}, {"filter_fraction": 0.0}),
+    "sparse-fed": cited(
+        SparseFed(fraction_kept=0.1, momentum=0.5), {"num_kept": 3}, {"fraction_kept": 1.5}
+    ),
+    "weak-dp": cited(WeakDP(Mean(), max_norm=1.0), {"max_norm": 0.0}, {"sigma": -1.0}),
+    "fl-trust": cited(FLTrust(SGD, 20), {"num_root": 0}),
+    "fools-gold": cited(FoolsGold(), {"confidence": 0.0}),
+    "flame": cited(FLAME(), {"noise_multiplier": -1.0}),
+    "sign-guard": cited(SignGuard(similarity="cosine"), {"lower": 4.0}, {"stretch": 2.0}),
+    "robust-lr": cited(RobustLR(4, Mean()), {"threshold": 0}),
+    "mda": cited(MDA(2), {"num_byzantine": -1}, {"max_nodes": 0}),
+    "monna": cited(MoNNA(2), {"num_byzantine": -1}),
+    "update-pca": cited(
+        UpdatePCA(Mean(), source=1, first_round=0), {"source": -1}, {"min_silhouette": 0.0}
+    ),
+    "cosine-test": cited(CosineTest(Mean()), {"threshold": 0.0}),
+    "norm-test": cited(NormTest(Mean()), {"threshold": -1.0}),
+    "fl-detector": cited(FLDetector(Mean(), window=1), {"window": 0}),
+    "flanders": cited(FLANDERS(Mean(), num_kept=5), {"num_kept": 0}, {"ridge": 0.0}),
+    "crfl": cited(CRFL(Mean()), {"max_norm": 0.0}, {"sigma": -1.0}),
     "server-sgd": cited(ServerSGD(0.5, Mean()), {"lr": 0.0}),
     "server-momentum": cited(ServerMomentum(0.9, Median()), {"beta": 1.0}),
     "server-adam": cited(ServerAdam(0.1, Mean()), {"betas": (0.9, 1.0)}, {"tau": 0.0}),
@@ -137,7 +239,27 @@ STAGES = {
     "fixed-sample": trivial(FixedSample(3), {"num_sampled": 0}),
     "fraction-sample": trivial(FractionSample(0.5), {"fraction": 1.1}),
     "poisson-sample": trivial(PoissonSample(0.5), {"rate": -0.1}),
+    "availability": cited(Availability(3, (0, 5), 4.0), {"ids": ()}, {"odds": 0.0}),
     "white-box": trivial(WhiteBox()),
+    "smoothed-vote": cited(SmoothedVote(num_copies=5), {"sigma": 0.0}, {"num_copies": 0}),
+    "activation-clustering": cited(
+        ActivationClustering(from_round=0, min_examples=3),
+        {"max_share": 1.5},
+        {"reduction": "lda"},
+        {"num_components": 0},
+        {"max_share": None, "min_silhouette": None},
+    ),
+    "spectral-signatures": cited(
+        SpectralSignatures(0.3, from_round=0, min_examples=2), {"epsilon": 0.6}
+    ),
+    "loss-filter": cited(
+        LossFilter(ratio=0.9, from_round=0), {"ratio": 0.0}, {"share": 0.1}, {"ratio": None}
+    ),
+    "influence-filter": cited(InfluenceFilter(0.2, from_round=0), {"false_alarms": 1.5}),
+    "fine-pruning": cited(FinePruning(WhiteBox()), {"max_drop": -0.1}),
+    "neural-cleanse": cited(
+        NeuralCleanse(WhiteBox(), num_steps=3, min_classes=3), {"min_classes": 2}, {"share": 2.0}
+    ),
     "queries": trivial(Queries(100, 3, 2), {"labels_only": True}, {"budget": 0}),
 }
 
@@ -171,15 +293,29 @@ OUTCOMES = {
     "accuracy-lost": trivial(AccuracyLost()),
     "backdoor-success": trivial(BackdoorSuccess(PixelPattern(2), 0), {"target": -1}),
     "targeted-error": trivial(TargetedError(0, 2), {"target": 0}),
+    "edge-case-success": trivial(EdgeCaseSuccess(Tail(1, 0.5), 0), {"target": -1}),
+    "source-recall": trivial(SourceRecall(1), {"source": -1}),
+    "target-confidence": trivial(TargetConfidence(0, 1, 2), {"target": 1}, {"num_records": 0}),
 }
 
 IMAGES = torch.rand(2, 1, 8, 8, generator=Randomness(0).at("images"))
 WHO, HERE = (10, 3, Randomness(0)), (3,)  # what members, and what schedules, are called with
 CALLED = {
-    "trigger": {"pixel-pattern": cited(PixelPattern(2), {"corner": "middle"}, {"size": 0})},
+    "trigger": {
+        "pixel-pattern": cited(PixelPattern(2), {"corner": "middle"}, {"size": 0}),
+        "blended": cited(Blended(0.3), {"alpha": 1.1}, {"image": ((0.0,), (0.0, 1.0))}),
+        "distributed-pattern": cited(DistributedPattern(width=3), {"part": 4}, {"width": 0}),
+    },
+    "edge": {"tail": cited(Tail(1), {"num_neighbours": 0}, {"share": 1.5})},
     "members": {
         "clients": trivial(Clients((0, 7)), {"ids": ()}, {"ids": (-1,)}),
         "pool": trivial(Pool(0.2, anew=True), {"fraction": 2.0}),
+    },
+    "graph": {
+        "ring": trivial(Ring(2), {"hops": 0}),
+        "random-regular": cited(RandomRegular(4), {"degree": 0}),
+        "complete": trivial(Complete()),
+        "star-of-stars": trivial(StarOfStars(3), {"arms": 0}),
     },
     "schedule": {
         "always": trivial(Always()),
@@ -188,7 +324,13 @@ CALLED = {
         "from": trivial(From(2), {"first": -1}),
     },
 }
-ARGUMENTS = {"trigger": (IMAGES,), "members": WHO, "schedule": HERE}
+ARGUMENTS = {
+    "trigger": (IMAGES,),
+    "edge": ((IMAGES, torch.tensor([1, 0])),),
+    "members": WHO,
+    "schedule": HERE,
+    "graph": (10,),
+}
 
 
 def made_npz(folder: Path) -> Path:
@@ -268,7 +410,11 @@ def every() -> Iterator[tuple[str, str, Check]]:
 
 def called_checks(row: Row, arguments: tuple[Any, ...]) -> Checks:
     yield from value_checks(row.part, refused=row.refused, cites=row.cites)
-    yield from call_checks(lambda: row.part(*arguments), arguments, name=repr(row.part))
+
+    def answer() -> Any:
+        return call(row.part, *arguments, rng=Randomness(0).at("a part"))
+
+    yield from call_checks(answer, arguments, name=repr(row.part))
 
 
 def place_of(stage: Any) -> Any:

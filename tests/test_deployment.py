@@ -205,6 +205,86 @@ def test_a_run_that_cannot_go_on_says_why_and_ends_with_an_error(
         there.run(tmp_path / "app", tmp_path / "out", settings)
 
 
+SECAGG = '''
+"""SecAgg+ between nodes, one of which is killed while it shares its secrets."""
+
+import os
+import signal
+
+import numpy as np
+from flwr.client import NumPyClient
+from flwr.client.mod import secaggplus_mod
+from flwr.clientapp import ClientApp
+from flwr.common import ndarrays_to_parameters
+from flwr.server import LegacyContext, ServerConfig
+from flwr.server.strategy import FedAvg
+from flwr.server.workflow import DefaultWorkflow, SecAggPlusWorkflow
+from flwr.serverapp import ServerApp
+
+from turncoat.flower import Watched
+
+server = ServerApp()
+
+
+@server.main()
+def main(grid, context):
+    start = ndarrays_to_parameters([np.zeros(1, np.float32)])
+    strategy = FedAvg(fraction_evaluate=0.0, initial_parameters=start)
+    workflow = Watched(SecAggPlusWorkflow(1.0, 1.0, timeout=25.0))
+    legacy = LegacyContext(context, ServerConfig(num_rounds=1), strategy)
+    DefaultWorkflow(fit_workflow=workflow)(grid, legacy)
+
+
+class Client(NumPyClient):
+    def fit(self, parameters, config):
+        return parameters, 1, {}
+
+
+def dies(message, context, call_next):
+    stage = message.content.config_records["secaggplus_configs"]["stage"]
+    if stage == "share_keys" and context.node_config["partition-id"] == 1:
+        with open(context.run_config["pid-file"]) as file:
+            os.killpg(int(file.read()), signal.SIGKILL)
+    return call_next(message, context)
+
+
+client = ClientApp(client_fn=lambda context: Client().to_client(), mods=[dies, secaggplus_mod])
+'''
+
+SECAGG_TOML = """
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+[project]
+name = "sealed"
+version = "1.0.0"
+license = "Apache-2.0"
+[tool.hatch.build.targets.wheel]
+packages = ["."]
+[tool.flwr.app]
+publisher = "example"
+[tool.flwr.app.components]
+serverapp = "sealed:server"
+clientapp = "sealed:client"
+[tool.flwr.app.config]
+pid-file = ""
+"""
+
+
+def test_a_secagg_that_halts_stops_the_run_with_its_reason(there: Any, tmp_path: Path) -> None:
+    """Two nodes are left, of which one is killed between the stages."""
+    app = tmp_path / "sealed"
+    app.mkdir()
+    (app / "sealed.py").write_text(SECAGG)
+    (app / "pyproject.toml").write_text(SECAGG_TOML)
+    victim = (there.folder / "supernode1.pid").resolve()
+    with pytest.raises(deploy.DeploymentBroke) as broke:
+        there.play(app, {"pid-file": str(victim)}, 180.0)
+    assert str(broke.value).startswith("finished:failed: ")
+    assert "SecAgg+ halted when sharing secrets: 1 of 2 nodes answered" in str(broke.value)
+    assert not deploy.alive(int(victim.read_text()))
+
+
 def _kill_in_round(there: Any, out: Path, round: int) -> None:
     ends = time.monotonic() + 200
     while time.monotonic() < ends:

@@ -18,7 +18,7 @@ import pytest
 
 from turncoat import parts
 from turncoat.cli import Exit
-from turncoat.config import _OF_A_TRIAL, _TOP, load
+from turncoat.config import _OF_A_TRIAL, _TOP, load, load_all
 from turncoat.federation import STAGES
 from turncoat.plan import Audit, plan
 from turncoat.stage import Aggregate
@@ -52,7 +52,7 @@ def loaded(fragment: str, folder: Path, **more: Any) -> Audit:
     path = folder / "audit.toml"
     path.write_text("\n".join([fragment, *lacking]), encoding="utf-8")
     shutil.copy(ROOT / "examples" / "own_attack" / "mine.py", folder)
-    return load(path, **more)
+    return next(iter(load_all(path, **more).values()))  # the first variant, where it has some
 
 
 @pytest.mark.parametrize("fragment", blocks(CONFIG, "toml"), ids=lambda text: text.split("\n")[0])
@@ -72,7 +72,7 @@ def test_the_file_in_the_readme_can_be_audited(tmp_path: Path) -> None:
 
 def test_every_key_and_every_short_name_without_a_list_is_on_the_page() -> None:
     names = {*_TOP, *_OF_A_TRIAL, *STAGES}
-    for kind in ("partition", "model", "game", "outcome", "trigger", "members", "schedule"):
+    for kind in ("partition", "model", "game", "outcome", "trigger", "edge", "members", "schedule"):
         names |= parts.PARTS[kind].keys()
     missing = {n for n in names if not re.search(rf'[`"\[]{re.escape(n)}[`".\]]', CONFIG)}
     assert not missing

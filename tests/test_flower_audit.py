@@ -35,10 +35,14 @@ from turncoat.flower.disclosure import Misfit, batch_of, call_loader, vector
 from turncoat.flower.forgeries import ATTACKS, Forgery, parse, widest_gamma
 from turncoat.flower.grid import Delivery, InProcessGrid
 from turncoat.flower.loading import AppUnreadable, read_app
-from turncoat.flower.rehearsal import Parcel
+from turncoat.flower.parcel import Parcel
 from turncoat.flower.witness import chosen_metric, num_examples_behind
 from turncoat.record import FolderUnusable
+from turncoat.report.cost import costs
 from turncoat.report.page import page
+from turncoat.report.pooled import squares
+from turncoat.report.ranking import ranked
+from turncoat.report.record import read
 from turncoat.report.verdict import verdicts
 from turncoat.task import Model
 
@@ -451,6 +455,26 @@ def test_behind_secure_aggregation_nobody_is_said_to_read_single_updates(secagg:
     assert not any("norm" in row for row in read_rows(secagg / "seen.jsonl"))
 
 
+def test_the_column_that_proves_it_is_never_advised(secagg: Path) -> None:
+    found = next(v for v in verdicts(secagg) if v.seat == "coalition")
+    assert found.state == "open" and found.defence is None
+    assert "Best of the defences" not in found.remedy
+    assert found.remedy.startswith("No defence was tested. without-secagg is none: it shows what")
+    record = read(secagg)
+    ranks = ranked(record, squares(record), costs(record), "coalition")
+    assert [rank.defence for rank in ranks] == ["as-is"]
+
+
+def test_a_seat_that_was_never_asked_is_not_said_to_be_running_yet(secagg: Path) -> None:
+    for seat in ("server", "user"):
+        found = next(v for v in verdicts(secagg) if v.seat == seat)
+        assert found.state == "untried"
+        assert "not tried, for it needs --model" in found.finding
+    text = page(secagg)[0]
+    assert " not tried</p>" in text
+    assert "not run yet" not in text and "did not run yet" not in text
+
+
 def test_findings_come_first_on_the_page(secagg: Path) -> None:
     text = page(secagg)[0]
     assert re.findall(r'<section id="(\w+)"', text)[:2] == ["findings", "verdict"]
@@ -479,6 +503,48 @@ def test_an_app_that_does_not_run_is_said_to_and_why(tmp_path: Path) -> None:
     (folder / "mine.py").write_text("raise RuntimeError('no such cluster')\n")
     with pytest.raises(AppBroken, match="no such cluster"):
         run_flower_audit(FlowerAudit(read_app(folder), 3, (0,), ()), tmp_path / "out")
+
+
+HIDING = """
+import numpy as np
+import flwr.serverapp.strategy as strategies
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+server, client = ServerApp(), ClientApp()
+
+
+@server.main()
+def main(grid, context):
+    kind = getattr(strategies, context.run_config["strategy"])
+    strategy = kind(num_malicious_nodes=context.run_config["f"], fraction_evaluate=0.0)
+    strategy.start(grid, ArrayRecord([np.zeros(2, np.float32)]), num_rounds=1)
+
+
+@client.train()
+def train(message, context):
+    arrays = ArrayRecord([np.ones(2, np.float32)])
+    metrics = MetricRecord({"num-examples": 1})
+    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+"""
+
+
+def test_the_audit_checks_the_strategy_and_the_cohort_that_it_saw(tmp_path: Path) -> None:
+    """The source does not show the strategy, nor f, nor how many nodes there are."""
+    folder = tmp_path / "app"
+    folder.mkdir()
+    (folder / "pyproject.toml").write_text(
+        '[tool.flwr.app.components]\nserverapp = "hiding:server"\nclientapp = "hiding:client"\n'
+        '[tool.flwr.app.config]\nstrategy = "Krum"\nf = 2\n'
+        '[tool.flwr.federations.plain]\naddress = "fl.example:9093"\ninsecure = true\n'
+    )
+    (folder / "hiding.py").write_text(HIDING)
+    run_flower_audit(FlowerAudit(read_app(folder), 6, (0,), ()), tmp_path / "out")
+    said = {f["what"]: f["severity"] for f in findings(tmp_path / "out")}
+    assert said["Krum needs 7 nodes (2f + 3, f = 2), and the cohort has 6."] == "void"
+    assert said["The connection plain (fl.example:9093) says insecure = true."] == "danger"
+    assert not any("could not be determined" in what or "not known" in what for what in said)
 
 
 def test_nothing_is_sent_anywhere_by_what_is_started() -> None:

@@ -49,12 +49,14 @@ from turncoat.attacks.poisoning.sign_flip import SignFlip
 from turncoat.flower import (
     Adaptive,
     DPFedAvg,
+    DPFedAvgLegacy,
     Finding,
     Fixed,
     Robust,
     RobustLegacy,
     Severity,
     Traitors,
+    Watched,
     check,
 )
 from turncoat.stages.aggregate.coordinatewise import Median
@@ -210,6 +212,18 @@ def secure_robust_median(grid: Grid, context: Context) -> None:
     secure(grid, context, RobustLegacy(Median(), legacy.FedAvg()))
 
 
+def secure_private(grid: Grid, context: Context) -> None:
+    inner = legacy.FedAvg()
+    options: dict[str, Any] = {"noise_multiplier": 1.0, "expected_clients": 9}
+    secure(grid, context, DPFedAvgLegacy(inner, Fixed(1.0), **options))
+
+
+def watched_mean(grid: Grid, context: Context) -> None:
+    state = LegacyContext(context, ServerConfig(num_rounds=1), legacy.FedAvg())
+    workflow = Watched(SecAggPlusWorkflow(num_shares=9, reconstruction_threshold=7))
+    DefaultWorkflow(fit_workflow=workflow)(grid, state)
+
+
 def secure_robust_mean(grid: Grid, context: Context) -> None:
     secure(grid, context, RobustLegacy(Mean(), legacy.FedAvg()))
 
@@ -222,12 +236,24 @@ def test_a_rule_behind_secagg_is_void_and_a_mean_is_not() -> None:
     for main, severity in (
         (secure_median, Severity.VOID),
         (secure_robust_median, Severity.VOID),
+        (secure_private, Severity.VOID),
         (secure_mean, None),
         (secure_robust_mean, None),
     ):
         found = check(served(main), masked())
         assert told(found, "void behind SecAgg+") is severity, main.__name__
         assert severity is None or found[0].severity is severity
+
+
+def test_a_secagg_whose_halts_nobody_hears_of_is_told_and_a_watched_one_is_not() -> None:
+    found = check(served(secure_mean), masked(), num_nodes=9)
+    assert told(found, "Nobody is told when SecAgg+ halts") is Severity.DANGER
+    found = check(served(watched_mean), masked(), num_nodes=9)
+    assert told(found, "Nobody is told") is None
+    assert told(found, "no SecAggPlusWorkflow was found") is None
+    assert told(found, "opens a secret") is None
+    found = check(served(watched_mean), masked(), num_nodes=6)
+    assert told(found, "opens a secret with 7 shares, and the cohort has 6") is Severity.VOID
 
 
 def test_half_a_secure_aggregation_is_told() -> None:

@@ -6,11 +6,14 @@ in-process Grid misbehave, one kind at a time.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +26,10 @@ from typer.testing import CliRunner
 from turncoat.attacks.poisoning.alie import ALIE
 from turncoat.attacks.poisoning.label_flip import LabelFlip
 from turncoat.attacks.poisoning.sign_flip import SignFlip
+from turncoat.brought import import_file
 from turncoat.cli import app
 from turncoat.coalition import Clients, Coalition
+from turncoat.config import load
 from turncoat.federation import Federation, FractionSample, Plain
 from turncoat.messages import Clear, Update
 from turncoat.runtimes.saved import read_state, write_state
@@ -49,10 +54,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict  # no
 from tests.test_runtime import REMEMBERING, WorkerMomentum, same  # noqa: E402
 from turncoat.flower.grid import InProcessGrid  # noqa: E402
 from turncoat.runtimes.flower import engines  # noqa: E402
+from turncoat.runtimes.flower.export import export  # noqa: E402
 from turncoat.runtimes.flower.node import client_app  # noqa: E402
 from turncoat.runtimes.flower.nodes import Nodes, NoNodes, Patience  # noqa: E402
 from turncoat.runtimes.flower.wire import Unfit, read, write  # noqa: E402
 
+deploy: Any = import_file(Path(__file__).parents[1] / "examples" / "deployment" / "deploy.py")
 SGD = LocalSGD(0.5, num_steps=3, batch_size=16)
 MEAN = Federation(train=SGD, channel=Plain(), aggregate=Mean())
 MASKED = Federation(train=SGD, channel=SecureAggregation(), aggregate=Mean())
@@ -233,6 +240,65 @@ at = 1
 game = { use = "reconstruct", victim = 2 }
 seats = ["server"]
 """
+
+
+PASSIVE = SMALL[: SMALL.index("[coalition]")] + SMALL[SMALL.index("[attack.inverting") :]
+
+
+def test_a_whole_audit_in_flowers_simulation_has_the_cells_of_simulate(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="the extra 'ray' is not installed")
+    file = tmp_path / "passive.toml"
+    file.write_text(PASSIVE)
+    cells = []
+    for runtime in ("simulate", "flower-ray"):
+        out = tmp_path / runtime
+        options = [str(file), "--out", str(out), "--jobs", "2", "--runtime", runtime]
+        main = "from turncoat.cli import main; main()"  # in a process of its own, as above
+        command = [sys.executable, "-c", main, "audit", *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines = (out / "cells.jsonl").read_text().splitlines()
+        cells.append([json.loads(line) | {"seconds": None} for line in lines])
+    assert cells[0] == cells[1] and len(cells[0]) == 1
+
+
+def test_an_exported_app_under_flwr_run_gives_the_bits_of_simulate(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="the extra 'ray' is not installed")
+    flwr_run, processes = Path(sys.executable).with_name("flwr"), Path("/proc")
+    if not flwr_run.exists() or not processes.exists():
+        pytest.skip("there is no flwr beside this Python, or no /proc to find what it leaves")
+    file, made, home = tmp_path / "small.toml", tmp_path / "app", tmp_path / "home"
+    file.write_text(SMALL)
+    export(file, made)
+    home.mkdir()
+    (home / "config.toml").write_text('[superlink.local]\naddress = ":local:"\n')
+    ports = ("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "FLWR_LOCAL_CONTROL_API_PORT")
+    own = {"FLWR_HOME": str(home), "PATH": f"{flwr_run.parent}:{os.environ['PATH']}"}
+    with engines.shut_in():
+        environment = {**os.environ, **engines.QUIET, **own}
+        environment |= {name: str(deploy.free_port()) for name in ports}
+    config = f'out="{tmp_path}" attack="sign-flip"'
+    nodes = ["--federation-config", "num-supernodes=4", "--run-config", config]
+    try:
+        done = subprocess.run(
+            [str(flwr_run), "run", str(made), "local", "--stream", *nodes],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env=environment,
+        )
+    finally:
+        for left in processes.glob("[0-9]*/cmdline"):  # the SuperLink that `flwr run` leaves behind
+            with suppress(OSError):
+                if str(home) in left.read_text():
+                    deploy.end(int(left.parent.name))
+    record = json.loads((tmp_path / "run.json").read_text())
+    audit = load(file)
+    coalition = audit.entries["sign-flip"].trial.coalition
+    run = simulate(audit.federations["none"], audit.task, num_rounds=2, seed=0, coalition=coalition)
+    bits = hashlib.sha256(run.state.params.numpy().tobytes()).hexdigest()
+    assert record["completed"] and record["sha256"] == bits, done.stdout + done.stderr
+    assert not any(played["incidents"] for played in record["rounds"])
 
 
 # What a node may do wrong

@@ -41,7 +41,7 @@ from scipy.stats import norm
 from turncoat.attacks.poisoning.sign_flip import SignFlip
 from turncoat.flower.grid import InProcessGrid
 from turncoat.flower.mods import Traitors
-from turncoat.flower.private import Adaptive, DPFedAvg, Fixed, noise_split
+from turncoat.flower.private import Adaptive, DPFedAvg, DPFedAvgLegacy, Fixed, noise_split
 from turncoat.flower.robust import Robust, RobustLegacy
 from turncoat.messages import Clear
 from turncoat.privacy import Private, Unproven
@@ -510,6 +510,85 @@ def test_behind_secagg_the_legacy_strategy_says_that_it_is_void() -> None:
     same = [result(c, START["weight"] + 0.1) for c in range(5)]
     with pytest.raises(IncompatibleStages, match="secure aggregation"):
         legacy_round(RobustLegacy(Median(), LegacyFedAvg()), same)
+
+
+def private_legacy(expected: int, **more: Any) -> DPFedAvgLegacy:
+    options = {"noise_multiplier": 0.0, "seed": 0} | more
+    return DPFedAvgLegacy(
+        LegacyFedAvg(accept_failures=False, fit_metrics_aggregation_fn=dict_of_losses),
+        Fixed(0.1),
+        expected_clients=expected,
+        **options,
+    )
+
+
+def dict_of_losses(metrics: list[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
+    return {"losses": sum(n * m["loss"] for n, m in metrics)}
+
+
+def private_round(strategy: Any, rows: list[Any], absent: int = 0) -> tuple[Any, dict[str, Any]]:
+    asked = [(proxy, None) for proxy, _ in rows] + [(SimpleNamespace(cid="-"), None)] * absent
+    strategy.strategy.configure_fit = lambda number, parameters, manager: asked
+    strategy.configure_fit(1, ndarrays_to_parameters(list(START.values())), None)
+    after, metrics = strategy.aggregate_fit(1, rows, [TimeoutError("late")] * absent)
+    return parameters_to_ndarrays(after), metrics
+
+
+def test_the_legacy_form_of_dp_is_that_of_the_message_api_to_the_bit() -> None:
+    weights = crowd(6)
+    for noise in (0.0, 1.3):
+        rows = [result(c, w, loss=1.0) for c, w in enumerate(weights)]
+        legacy, _ = private_round(private_legacy(6, noise_multiplier=noise), rows)
+        ours, _ = one_round(private(Fixed(0.1), noise, seed=0), [sent(w) for w in weights])
+        assert np.array_equal(legacy[0], ours["weight"])
+        assert legacy[0].dtype == np.float32 and legacy[1] == 7 and legacy[1].dtype == np.int64
+
+
+def test_in_the_legacy_form_too_who_is_absent_or_claims_much_changes_no_divisor() -> None:
+    weights = crowd(4)
+    rows = [result(c, w, examples=10**9 if c else 1, loss=1.0) for c, w in enumerate(weights)]
+    bad = [result(4, [np.nan] * 3, loss=1.0)]
+    strategy = private_legacy(8)
+    after, metrics = private_round(strategy, [*rows, *bad], absent=3)
+    clipped = [(w - START["weight"]).astype(np.float64) for w in weights]
+    clipped = [d * min(1, 0.1 / np.linalg.norm(d)) for d in clipped]
+    np.testing.assert_allclose(after[0], START["weight"] + np.sum(clipped, axis=0) / 8, rtol=1e-6)
+    assert metrics == {}
+    assert sorted(i.what[:8] for i in strategy.incidents) == ["failed: "] * 3 + ["left out"]
+
+
+def test_the_legacy_form_releases_noise_where_nobody_answers() -> None:
+    strategy = private_legacy(3, noise_multiplier=1.0)
+    after, _ = private_round(strategy, [], absent=3)
+    assert np.abs(after[0] - START["weight"]).max() > 0
+    assert strategy.num_releases == 1 and isinstance(strategy.guarantee(1e-5), Unproven)  # a seed
+    spent = private_legacy(3, noise_multiplier=1.0, seed=None).guarantee(1e-5, 4)
+    assert isinstance(spent, Private) and spent.against == BLIND
+
+
+def test_the_legacy_form_passes_metrics_on_only_if_asked_for() -> None:
+    rows = [result(c, w, loss=2.0) for c, w in enumerate(crowd(3))]
+    assert private_round(private_legacy(3), rows)[1] == {}
+    kept = private_legacy(3, keeps_metrics=True, noise_multiplier=1.0)
+    assert private_round(kept, rows)[1] == {"losses": 60.0}
+    assert isinstance(kept.guarantee(1e-5, 1), Unproven)
+
+
+def test_behind_secagg_the_legacy_form_says_that_its_epsilon_would_not_hold() -> None:
+    rows = [result(c, START["weight"] + 0.1) for c in range(3)]
+    for _, fit in rows:
+        fit.parameters = rows[0][1].parameters
+    with pytest.raises(IncompatibleStages, match="ε would not hold"):
+        private_round(private_legacy(3), rows)
+    with pytest.raises(TypeError, match="use DPFedAvgLegacy"):
+        DPFedAvg(LegacyFedAvg(), Fixed(1.0), noise_multiplier=1.0, expected_clients=5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no rule can choose"):
+        DPFedAvgLegacy(
+            RobustLegacy(Median(), LegacyFedAvg()),
+            Fixed(1.0),
+            noise_multiplier=1.0,
+            expected_clients=5,
+        )
 
 
 # ---- the page

@@ -27,6 +27,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import avg_pool2d
 
 from turncoat.randomness import Randomness
+from turncoat.stages.train.dpsgd import DPSGD
 from turncoat.task import Task
 from turncoat.tasks import bundled, fetched, images, sources, tables
 from turncoat.tasks.models import (
@@ -683,3 +684,11 @@ def test_lenets_pooling_is_average_pooling(shape: tuple[int, int]) -> None:
     weights = torch.randn_like(torchs)
     (back,) = torch.autograd.grad(ours, maps, weights)
     assert torch.allclose(back, torch.autograd.grad(torchs, maps, weights)[0])
+
+
+def test_lenet_can_be_trained_privately() -> None:
+    task = bundled.digits(num_clients=4, model=LeNet5())
+    start = task.model.initial(Generator().manual_seed(0))
+    private = DPSGD(0.1, 1.0, 16, noise_multiplier=1.0)
+    payload = private(task.model, start, task.clients[0], rng=Generator().manual_seed(0))
+    assert payload.fault(start) is None

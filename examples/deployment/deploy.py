@@ -2,11 +2,12 @@
 
     python examples/deployment/deploy.py up        # once; about 10 seconds
     python examples/deployment/deploy.py run       # three.toml, or --file yours.toml
+    python examples/deployment/deploy.py play --app DIR     # any Flower app
     python examples/deployment/deploy.py down
 
 Everything lies in one folder (``--folder``): keys, certificates, logs, results. Telemetry, update
-checks and run-time installs are off, and nothing listens or connects beyond 127.0.0.1. `run` ends
-with 0 only if the federation completed; else it says why not.
+checks and run-time installs are off, and nothing listens or connects beyond 127.0.0.1. `run`
+and `play` end with 0 only if it completed; else they say why not.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -104,16 +106,7 @@ class Deployment:
             DeploymentBroke: If the federation did not complete, with its reason.
         """
         shutil.rmtree(out, ignore_errors=True)
-        values = {"out": str(out.resolve())} | dict(config or {})
-        said = " ".join(f"{k}={json.dumps(v)}" for k, v in values.items())
-        try:
-            shown = self.flwr(
-                "run", str(app.resolve()), CONNECTION, "--stream", "--run-config", said,
-                seconds=seconds,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            raise DeploymentBroke(f"the run took more than {seconds:g} seconds") from None
-        (self.folder / "run.log").write_text(shown)
+        shown = self._stream(app, {"out": str(out.resolve())} | dict(config or {}), seconds)
         try:
             record: dict[str, Any] = json.loads((out / "run.json").read_text())
         except FileNotFoundError:
@@ -121,6 +114,33 @@ class Deployment:
         if not record["completed"]:
             raise DeploymentBroke(f"the run stopped: {record['reason']}")
         return record
+
+    def play(self, app: Path, config: Mapping[str, Any] | None = None, seconds: float = 600) -> str:
+        """Run any Flower app to its end; return what it showed.
+
+        Raises:
+            DeploymentBroke: If its ServerApp failed, with its reason. `flwr run` ends with 0 then.
+        """
+        shown = self._stream(app, config or {}, seconds)
+        said = self.flwr("list", CONNECTION, "--format", "json")
+        runs = json.loads(said[said.index("{") :])["runs"]
+        latest = max(runs, key=lambda run: run["pending-at"])
+        if latest["status"] != "finished:completed":
+            raise DeploymentBroke(f"{latest['status']}: {latest['status-details']}")
+        return shown
+
+    def _stream(self, app: Path, config: Mapping[str, Any], seconds: float) -> str:
+        said = " ".join(f"{k}={json.dumps(v)}" for k, v in config.items())
+        try:
+            shown = self.flwr(
+                *("run", str(app.resolve()), CONNECTION, "--stream"),
+                *(("--run-config", said) if said else ()),
+                seconds=seconds,
+            )
+        except subprocess.TimeoutExpired:
+            raise DeploymentBroke(f"the run took more than {seconds:g} seconds") from None
+        (self.folder / "run.log").write_text(shown)
+        return shown
 
     def start_node(self, i: int, *options: str, name: str = "", secure: bool = True) -> int:
         """Start SuperNode ``i``; return its process id. ``options`` replace its own."""
@@ -338,9 +358,10 @@ def end(pid: int, seconds: float = 10.0) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="deploy.py", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["up", "run", "down", "status"])
+    parser.add_argument("what", choices=["up", "run", "play", "down", "status"])
     parser.add_argument("--folder", type=Path, default=Path("deployment"))
     parser.add_argument("--file", type=Path, default=HERE / "three.toml")
+    parser.add_argument("--app", type=Path, help="the folder of a Flower app, for play")
     parser.add_argument("--set", default="", help="run config, such as 'attack=\"sign-flip\"'")
     chosen = parser.parse_args(arguments)
     there = Deployment(chosen.folder)
@@ -353,9 +374,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("down")
         elif chosen.what == "status":
             print(f"{there.num_online()} of {there.num_nodes} SuperNodes are online")
+        elif chosen.what == "play":
+            if chosen.app is None:
+                parser.error("play needs --app, the folder of a Flower app")
+            print(there.play(chosen.app, tomllib.loads(chosen.set.replace(";", "\n"))))
         else:
-            import tomllib
-
             from turncoat.runtimes.flower.export import export
 
             app = there.folder / "app"

@@ -7,20 +7,23 @@ killed goes on where it stopped.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from turncoat.describe import fingerprint
 from turncoat.federation import Federation
+from turncoat.games.peers import combined, traitors_of
+from turncoat.graphs import distances, neighbours_of
 from turncoat.metrics.detection import Caught
 from turncoat.plan import (
     Audit,
@@ -76,12 +79,63 @@ class WorkerDied(RuntimeError):
     """The system ended a worker process: nobody knows what became of its work."""
 
 
+_DIED = (
+    "a worker process died, as when memory runs out: use fewer --jobs; what is finished is kept, "
+    "and the same command goes on"
+)
+
+
+Unit = Training | Planned  # what is computed at once, by one process
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What all units of an audit share; workers get it once."""
+
+    audit: Audit
+    folder: AuditFolder
+    device: str
+    runtime: Runtime | None = None
+
+    def do(self, unit: Unit) -> tuple[Any, float]:
+        """Return what became of a unit, and in how many seconds: its error, or its cell."""
+        if isinstance(unit, Training):
+            return train(self.audit, self.folder, unit, self.device, self.runtime)
+        return settle(self.audit, self.folder, unit, self.device, self.runtime)
+
+
+class Crew(Protocol):
+    """Workers who do units at the same time."""
+
+    @property
+    def size(self) -> int:
+        """How many units may be under way."""
+
+    def hand_out(self, unit: Unit) -> None:
+        """Begin a unit, somewhere."""
+
+    def finished(self) -> Iterator[tuple[Unit, tuple[Any, float]]]:
+        """Wait until some are done, and yield them with what ``Fixed.do`` returned.
+
+        Raises:
+            WorkerDied: If one cannot be done.
+        """
+
+    def close(self) -> None:
+        """Let the workers go, whatever they are at."""
+
+
+Executor = Callable[[Fixed, Callable[[str], None]], Crew]
+"""What makes the crew of an audit; it is also given whom to tell of a worker that was lost."""
+
+
 @dataclass(frozen=True)
 class Event:
     """Something that happened on the way, for whoever shows progress.
 
     Attributes:
-        what: ``"plan"``, ``"training"``, ``"shadow"``, ``"cell"`` or ``"failed"``.
+        what: ``"plan"``, ``"training"``, ``"shadow"``, ``"cell"``, ``"failed"``, or ``"lost"``: a
+            worker, whose unit is tried again.
         done, of: How many units of work are finished, of how many.
         text: For people.
     """
@@ -119,6 +173,7 @@ def run_audit(
     command: str = "",
     on_event: Callable[[Event], None] = lambda event: None,
     runtime: Runtime | None = None,
+    executor: Executor | None = None,
 ) -> dict[Planned, Cell]:
     """Return every cell; what ``folder`` holds is read, the rest is computed and written.
 
@@ -129,13 +184,14 @@ def run_audit(
         num_jobs: How many processes train and attack, of one thread each.
         update: Go on in a folder that holds another audit.
         runtime: Who plays the rounds: ``simulate`` without, or Flower, which gives the same bits.
+        executor: Who trains and attacks: ``num_jobs`` processes here without, or a cluster.
     """
     there, todo = AuditFolder(folder), plan(audit)
     there.claim(audit, update=update)
     with there.locked():
         write_plan(folder, audit, todo, command)
         try:
-            return _Work(audit, there, todo, device, on_event, runtime).run(num_jobs)
+            return _Work(audit, there, todo, device, on_event, runtime).run(num_jobs, executor)
         finally:
             write_records(folder)
 
@@ -158,7 +214,7 @@ class _Work:
         self.cells: dict[Planned, Cell] = {}
         self.broken: dict[str, str] = {}  # trainings that failed, and why
 
-    def run(self, num_jobs: int) -> dict[Planned, Cell]:
+    def run(self, num_jobs: int, executor: Executor | None = None) -> dict[Planned, Cell]:
         open_cells = []
         for cell in self.plan.cells:
             if cell.settled is not None:
@@ -176,10 +232,14 @@ class _Work:
         self._say("plan", summary(self.plan, len(trainings), len(open_cells)))
         self.waiting = {t.key for t in trainings}
         self.open_cells = open_cells
-        if num_jobs == 1 or self.total <= 1 or torch.device(self.device).type != "cpu":
+        fixed = Fixed(self.audit, self.folder, self.device, self.runtime)
+        if executor is not None:
+            if self.total:
+                self._spread(trainings, executor(fixed, self._say_lost))
+        elif num_jobs == 1 or self.total <= 1 or torch.device(self.device).type != "cpu":
             self._alone(trainings)
         else:
-            self._spread(trainings, num_jobs)
+            self._spread(trainings, _Processes(num_jobs, fixed))
         order = {cell: i for i, cell in enumerate(self.plan.cells)}
         return dict(sorted(self.cells.items(), key=lambda item: order[item[0]]))
 
@@ -193,34 +253,23 @@ class _Work:
             for cell in self._ready():
                 self._settle(cell, *settle(audit, folder, cell, *how))
 
-    def _spread(self, trainings: list[Training], num_jobs: int) -> None:
-        fixed = (self.audit, self.folder, self.device, self.runtime)
-        queue: list[Training | Planned] = [*self._ready(), *trainings]
-        running: dict[Future[Any], Training | Planned] = {}
-        pool = ProcessPoolExecutor(num_jobs, context(), _begin, fixed)
+    def _spread(self, trainings: list[Training], crew: Crew) -> None:
+        queue: list[Unit] = [*self._ready(), *trainings]
+        num_running = 0
         try:
-            while queue or running:
-                while queue and len(running) < num_jobs:
-                    unit = queue.pop(0)
-                    running[pool.submit(_do, unit)] = unit
-                finished, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    unit = running.pop(future)
+            while queue or num_running:
+                while queue and num_running < crew.size:
+                    crew.hand_out(queue.pop(0))
+                    num_running += 1
+                for unit, result in crew.finished():
+                    num_running -= 1
                     if isinstance(unit, Training):
-                        self._finish(unit, *future.result())
+                        self._finish(unit, *result)
                         queue = [*self._ready(), *queue]
                     else:
-                        self._settle(unit, *future.result())
-        except BrokenProcessPool as error:
-            raise WorkerDied(
-                "a worker process died, as when memory runs out: use fewer --jobs; what is "
-                "finished is kept, and the same command goes on"
-            ) from error
+                        self._settle(unit, *result)
         finally:
-            workers = list((pool._processes or {}).values())  # which a pool that is shut forgets
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in workers:
-                process.terminate()
+            crew.close()
 
     def _ready(self) -> list[Planned]:
         """Take and return the cells whose trainings have all ended, well or badly."""
@@ -258,6 +307,9 @@ class _Work:
         else:
             self._say("cell", text, seconds)
 
+    def _say_lost(self, text: str) -> None:
+        self._say("lost", text)
+
     def _say(self, what: str, text: str, seconds: float = 0.0) -> None:
         self.on_event(Event(what, self.done, self.total, text, seconds))
 
@@ -277,20 +329,47 @@ def summary(todo: Plan, num_trainings: int | None = None, num_cells: int | None 
     return f"{said}; {left} are left to do"
 
 
-_here: Any = None
+_here: Fixed | None = None
 
 
-def _begin(*fixed: Any) -> None:
+def _begin(fixed: Fixed) -> None:
     global _here
     become_worker()
     _here = fixed
 
 
-def _do(unit: Training | Planned) -> tuple[Any, float]:
-    audit, folder, *how = _here
-    if isinstance(unit, Training):
-        return train(audit, folder, unit, *how)
-    return settle(audit, folder, unit, *how)
+def _do(unit: Unit) -> tuple[Any, float]:
+    assert _here is not None
+    return _here.do(unit)
+
+
+class _Processes:
+    """A crew of processes on this machine."""
+
+    def __init__(self, num_jobs: int, fixed: Fixed) -> None:
+        self.size = num_jobs
+        self._running: dict[Future[Any], Unit] = {}
+        self._pool = ProcessPoolExecutor(num_jobs, context(), _begin, (fixed,))
+
+    def hand_out(self, unit: Unit) -> None:
+        try:
+            self._running[self._pool.submit(_do, unit)] = unit
+        except BrokenProcessPool as error:
+            raise WorkerDied(_DIED) from error
+
+    def finished(self) -> Iterator[tuple[Unit, tuple[Any, float]]]:
+        ended, _ = wait(self._running, return_when=FIRST_COMPLETED)
+        for future in ended:
+            try:
+                yield self._running.pop(future), future.result()
+            except BrokenProcessPool as error:
+                raise WorkerDied(_DIED) from error
+
+    def close(self) -> None:
+        workers = list((self._pool._processes or {}).values())  # forgotten by a pool that is shut
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in workers:
+            process.terminate()
 
 
 def train(
@@ -321,7 +400,7 @@ def train(
             nonlocal saved_at
             log.append(played)
             if training.shadow is None:
-                history.append(shown_score(federation, task, now.params, training.seed))
+                history.append(_shown(audit, training, task, now.params))
             if now.round in missing:
                 write_state(folder.state(training.key, now.round), now)
             if time.perf_counter() - saved_at > _CHECKPOINT_SECONDS:
@@ -396,14 +475,34 @@ def _read_draft(path: Path) -> tuple[State | None, list[Played], list[float]]:
     return state, log, list(about["history"])
 
 
-def shown_score(federation: Federation[Any, Any], task: Task, params: Tensor, seed: int) -> float:
+def shown_score(
+    federation: Federation[Any, Any],
+    task: Task,
+    params: Tensor,
+    seed: int,
+    dealt: slice = slice(None),
+) -> float:
     """Return the task's metric on some of the test set; of the model itself, where there is one."""
-    inputs, labels = (t[:SHOWN] for t in task.test)
+    inputs, labels = (t[:SHOWN][dealt] for t in task.test)
     if federation.yields_model:
         view: Any = ModelView(task.model, params)
     else:
         view = judged(federation, task, params, seed)
     return float(task.metric(view.scores(inputs), labels).mean())
+
+
+def _shown(audit: Audit, training: Training, task: Task, params: Tensor) -> float:
+    """Return ``shown_score``; of a graph, the mean of honest nodes: examples are dealt to them."""
+    federation, worn, seed = audit.federations[training.defence], training.coalition, training.seed
+    if federation.graph is None:
+        return shown_score(federation, task, params, seed)
+    nodes = list(range(len(params)))
+    if worn is not None and not worn.is_supplied:
+        traitors = traitors_of(worn, len(params), audit.num_rounds, Randomness(seed))
+        nodes = [i for i in nodes if i not in traitors]
+    num_shown = min(SHOWN, len(task.test[1]))
+    dealt = {i: slice(k % num_shown, None, len(nodes)) for k, i in enumerate(nodes)}
+    return fmean(shown_score(federation, task, params[i], seed, dealt[i]) for i in nodes)
 
 
 def settle(
@@ -432,13 +531,11 @@ def settle(
 
 
 def _sabotage(audit: Audit, folder: AuditFolder, cell: Planned, trial: Sabotage) -> Marked:
-    federation = audit.federations[cell.defence]
-    hurt, clean = (
-        judged(federation, audit.task, _params(folder, k), cell.seed)
-        for k in (cell.run, cell.clean)
-    )
-    rng = Randomness(cell.seed).at("mark" + fingerprint(trial))
-    marked = trial.outcome.mark(hurt, clean, task=audit.task, rng=rng)
+    hurt, clean = (_params(folder, k) for k in (cell.run, cell.clean))
+    if audit.federations[cell.defence].graph is None:
+        marked = _marked(audit, cell, trial, hurt, clean)
+    else:
+        marked = _marked_at_peers(audit, cell, trial, hurt, clean)
     log = read_log(folder.log(cell.run)) or {}
     found = [
         measurement
@@ -447,6 +544,28 @@ def _sabotage(audit: Audit, folder: AuditFolder, cell: Planned, trial: Sabotage)
         for measurement in Caught(**counts).measured(f"flagged_{what}")
     ]
     return replace(marked, others=(*marked.others, *found))
+
+
+def _marked(
+    audit: Audit, cell: Planned, trial: Sabotage, hurt: Tensor, clean: Tensor, *node: int
+) -> Marked:
+    federation = audit.federations[cell.defence]
+    views = (judged(federation, audit.task, params, cell.seed) for params in (hurt, clean))
+    rng = Randomness(cell.seed).at("mark" + fingerprint(trial), *node)
+    return trial.outcome.mark(*views, task=audit.task, rng=rng)
+
+
+def _marked_at_peers(
+    audit: Audit, cell: Planned, trial: Sabotage, hurt: Tensor, clean: Tensor
+) -> Marked:
+    """Mark the models of all honest nodes; whoever only was supplied with what is bad is one."""
+    graph, randomness = audit.federations[cell.defence].graph, Randomness(cell.seed)
+    assert graph is not None and trial.coalition is not None
+    traitors = traitors_of(trial.coalition, len(hurt), audit.num_rounds, randomness)
+    away = distances(neighbours_of(graph, len(hurt), randomness), traitors)
+    nodes = [i for i, steps in enumerate(away) if steps or trial.coalition.is_supplied]
+    marks = [_marked(audit, cell, trial, hurt[i], clean[i], i) for i in nodes]
+    return combined(marks, [away[i] for i in nodes])
 
 
 def _play(
@@ -458,9 +577,9 @@ def _play(
     runtime: Runtime | None,
 ) -> Marked:
     federation, seed = audit.federations[cell.defence], cell.seed
-    question, truth = pose(audit, federation, trial.game, trial.at, seed)
+    question, truth = pose(audit, federation, trial.game, trial.at, seed, trial.by)
     if cell.shadows:
-        question = replace(question, shadows=_shadows(audit, folder, cell, trial.game, question))
+        question = replace(question, shadows=_shadows(audit, folder, cell, trial, question))
     view = _view(audit, folder, cell, trial, device, runtime)
     question = moved(question, device)
     asked = {f.name: getattr(question, f.name) for f in fields(question)}
@@ -470,11 +589,14 @@ def _play(
     return trial.game.mark(guess, truth, rng=randomness.at("mark" + name))
 
 
-def _shadows(audit: Audit, folder: AuditFolder, cell: Planned, game: Any, question: Any) -> Shadows:
-    models, inside = [], []
+def _shadows(
+    audit: Audit, folder: AuditFolder, cell: Planned, trial: Trial[Any], question: Any
+) -> Shadows:
+    models, inside, federation = [], [], audit.federations[cell.defence]
     for i, k in enumerate(cell.shadows):
-        models.append(ModelView(audit.task.model, _params(folder, k)))
-        inside.append(shadow_task(audit, question.candidates, game, i, cell.seed)[1])
+        params = federation.held(_params(folder, k), trial.by)
+        models.append(ModelView(audit.task.model, params))
+        inside.append(shadow_task(audit, question.candidates, trial.game, i, cell.seed)[1])
     return Shadows(tuple(models), torch.stack(inside))
 
 
@@ -493,7 +615,7 @@ def _view(
     """
     federation, task = audit.federations[cell.defence], audit.task
     if is_model(trial):
-        params = _params(folder, cell.run).to(device)
+        params = federation.held(_params(folder, cell.run), trial.by).to(device)
         if cell.seat is Seat.USER:
             return released(federation, task, params, cell.seed)
         return ModelView(task.model, params)

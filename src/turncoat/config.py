@@ -22,6 +22,7 @@ from turncoat.brought import import_file
 from turncoat.coalition import Coalition, is_code
 from turncoat.describe import is_users
 from turncoat.federation import STAGES, Federation
+from turncoat.graphs import neighbours_of
 from turncoat.parts import PARTS
 from turncoat.randomness import Randomness
 from turncoat.runtimes.simulate import cohorts
@@ -226,9 +227,14 @@ def _check_task(task: Task, where: Where) -> None:
 def _check_cohorts(
     federation: Federation[Any, Any], num_clients: int, rounds: int, seed: int, where: Where
 ) -> None:
-    """Refuse a federation whose rule no cohort is large enough for."""
+    """Refuse a federation whose rule no cohort is large enough for, or a node's neighbourhood."""
     try:
-        most = max(map(len, cohorts(federation, num_clients, num_rounds=rounds, seed=seed)))
+        sampled = cohorts(federation, num_clients, num_rounds=rounds, seed=seed)
+        most = max(map(len, sampled))
+        if federation.graph is not None:
+            linked = neighbours_of(federation.graph, num_clients, Randomness(seed))
+            heard = [[len({c, *linked[c]} & set(some)) for c in some] for some in sampled]
+            most = max(min(lengths, default=0) for lengths in heard)
         for rule in within(federation.aggregate):
             if hasattr(rule, "check_cohort"):
                 rule.check_cohort(most)
@@ -236,7 +242,8 @@ def _check_cohorts(
         raise ConfigError(f"{where}: {error}") from None
     if most < federation.min_clients:
         raise ConfigError(
-            f"{where}: min_clients = {federation.min_clients}, but a round has {most} at most: "
+            f"{where}: min_clients = {federation.min_clients}, but a round has {most} at most"
+            f"{' around some node' if federation.graph is not None else ''}: "
             "lower it or sample more clients"
         )
 
@@ -290,6 +297,9 @@ class Defence:
         todo = [(p, table, d.where / p) for d in self for p, table in d.parts.items()]
         for place, table, where in sorted(todo, key=lambda item: wraps(item[1], item[2])):
             held = new.get(place, getattr(federation, place))
+            if place == "graph":
+                new[place] = _graph(table, where)
+                continue
             new[place] = build(table, where, kind="stage", inner=held)
         try:
             return replace(federation, **new)
@@ -302,7 +312,7 @@ def _defence(name: str, parts: Any, where: Where) -> Defence:
         raise ConfigError(f"{where} must be a table of stages, such as aggregate = {{ use = ... }}")
     if "|" in name or name == "none":
         raise ConfigError(f"{where}: a defence cannot be called {name!r}; '|' joins names of them")
-    known_keys(parts, {*STAGES, "title"}, where)
+    known_keys(parts, {*STAGES, "title", "graph"}, where)
     title = _value(str, parts.get("title", name), where / "title")
     stages = {place: table for place, table in parts.items() if place != "title"}
     defence = Defence(name, stages, where, title)
@@ -341,6 +351,8 @@ def _federation(table: Any, where: Where) -> Federation[Any, Any]:
     stages = {
         place: build(part, where / place, kind="stage")
         if place in STAGES
+        else _graph(part, where / place)
+        if place == "graph"
         else _value(int, part, where / place)
         for place, part in table.items()
     }
@@ -351,6 +363,12 @@ def _federation(table: Any, where: Where) -> Federation[Any, Any]:
         return Federation(**stages)
     except (IncompatibleStages, ValueError) as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+def _graph(table: Any, where: Where) -> Any:
+    """Build a graph; a function of the number of nodes is one already."""
+    made = part(_as_table(table, where)["use"], where, kind="graph")
+    return made if inspect.isfunction(made) else build(table, where, kind="graph")
 
 
 def _entry(name: str, table: Any, standing: Any, base: Federation[Any, Any], where: Where) -> Entry:
@@ -420,6 +438,11 @@ def _trial(attack: Any, about: dict[str, Any], at: Where) -> Trial[Any]:
 
 def _outcome_of(attack: Any) -> Any:
     """Return what an attack is after: its backdoor, one class for another, or the accuracy."""
+    attack = getattr(attack, "poison", attack)
+    if hasattr(attack, "edge") and hasattr(attack, "target"):
+        from turncoat.games.outcomes import EdgeCaseSuccess
+
+        return EdgeCaseSuccess(attack.edge, attack.target)
     if hasattr(attack, "trigger") and hasattr(attack, "target"):
         from turncoat.games.outcomes import BackdoorSuccess
 
@@ -460,6 +483,8 @@ def _seats(names: Any, where: Where) -> tuple[Seat, ...]:
 def wraps(table: Any, where: Where) -> bool:
     """Say whether a table describes a wrapper that is still open."""
     table = _as_table(table, where)
+    if where.keys[-1] == "graph":
+        return False
     signature = inspect.signature(part(table["use"], where, kind="stage")).parameters
     return "inner" in signature and "inner" not in table
 
@@ -534,11 +559,9 @@ def _nested(hint: Any, value: Any, where: Where, kind: str = "") -> Any:
         return where.folder / value  # of the file's own folder first, then of the current one
     plain = (str, int, float, bool, type(None), list, tuple, dict, Any, set, frozenset, Path)
     made = [o for o in options if (get_origin(o) or o) not in plain and _is_built(o)]
-    each = get_args(hint)[0] if get_origin(hint) is tuple else next(
-        (get_args(o)[0] for o in options if get_origin(o) is tuple), None
-    )
-    if isinstance(value, list) and each is not None and _is_built(each):
-        return tuple(_nested(each, v, where / str(i), kind) for i, v in enumerate(value))
+    each = [get_args(o)[0] for o in options if get_origin(o) is tuple]
+    if isinstance(value, list) and any(map(_is_built, each)):
+        return tuple(_nested(each[0], v, where / str(i), kind) for i, v in enumerate(value))
     is_part = isinstance(value, dict) and "use" in value
     if made and (is_part or (isinstance(value, str) and str not in options)):
         return build(value, where, kind=_kind_of(made[0], kind))

@@ -35,6 +35,8 @@ def explained(audit: Audit) -> Iterator[str]:
         changed = defence["changed"] or ["train", "channel", "aggregate"]
         for place in changed:
             yield f"  {place}: {escape(defence['stages'][place])}"
+        if defence["graph"]:
+            yield f"  no server: {defence['graph']}; figures are means over the honest ones"
         for seat, kinds in defence["sees"].items():
             if kinds:
                 yield f"  the {seat} sees {escape(', '.join(kinds))}"

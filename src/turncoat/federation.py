@@ -9,7 +9,8 @@ from typing import Any, Generic, TypeVar, get_type_hints
 import torch
 from torch import Generator, Tensor
 
-from turncoat.messages import Revealed, Summable, Update
+from turncoat.graphs import Graph, check_graph
+from turncoat.messages import Clear, Revealed, Summable, Update
 from turncoat.stage import (
     Aggregate,
     Begin,
@@ -34,7 +35,9 @@ from turncoat.views import (
     AggregateView,
     BlindView,
     ClientView,
+    MixView,
     ModelView,
+    PeerView,
     Seat,
     ServerView,
     TraceView,
@@ -142,8 +145,17 @@ class WhiteBox:
 class Federation(Generic[P, M]):
     """The rules of one federation. ``P`` is what training yields, ``M`` what travels.
 
+    With a graph there is no server: every client is a node that trains from a state of its own,
+    sends what it then has to its neighbours, and makes its next state of its own and of what it
+    hears, by the same ``aggregate``. All begin with the same state. On the wire a message is
+    relative to that common start, which both ends know; every node reads it relative to its own
+    state, as "what they have minus what I have". So on a complete graph, where all states are
+    equal, each node does what a server would; and a radius, a distance or a cosine means what it
+    means at a server, where one that grew with all that was ever learnt would mean nothing.
+
     Args:
-        min_clients: A round that fewer sound messages reach is an error.
+        min_clients: A round that fewer sound messages reach (a node, in a graph) is an error.
+        graph: Who hears whom; None for a server that hears all.
     """
 
     train: Train[P]
@@ -153,8 +165,9 @@ class Federation(Generic[P, M]):
     broadcast: Broadcast = Same()
     sample: Sample = Everyone()
     begin: Begin = FromModel()
-    release: Release = WhiteBox()
+    release: Release[Any] = WhiteBox()
     min_clients: int = 1
+    graph: Graph | None = None
 
     def __post_init__(self) -> None:
         at_least(0, self, min_clients=self.min_clients)
@@ -164,6 +177,30 @@ class Federation(Generic[P, M]):
         join(self.channel, self.sends, self.aggregate)
         if not self.server_learns_state and self.opener is None:
             raise IncompatibleStages(f"nobody opens {self.sends.__name__}: {self.channel!r} cannot")
+        if self.graph is not None:
+            self._check_peers(self.graph)
+
+    def _check_peers(self, graph: Graph) -> None:
+        """Refuse what only makes sense with a server."""
+        check_graph(graph)
+        if self.broadcast != Same():
+            raise IncompatibleStages(
+                f"{self.broadcast!r} broadcasts, but with {graph!r} there is no server: leave "
+                "'broadcast' out"
+            )
+        if not issubclass(self.sends, Revealed):
+            raise IncompatibleStages(
+                f"{self.channel!r} sends {self.sends.__name__}, which whoever mixes must not be "
+                f"able to open, but with {graph!r} those who hold the key mix: use a channel whose "
+                "sums open without one (secure-aggregation), or leave 'graph' out"
+            )
+        if not issubclass(self.sends, Clear):
+            join(self.channel, Revealed, self.aggregate)
+        if not issubclass(self.trains, Clear):
+            raise IncompatibleStages(
+                f"{self.train!r} gives {self.trains.__name__}, but with {graph!r} it must give a "
+                "change of a node's own state (Update): use another training"
+            )
 
     @property
     def trains(self) -> Any:
@@ -194,18 +231,36 @@ class Federation(Generic[P, M]):
         return Federation(
             **{place: planned(getattr(self, place), plan) for place in STAGES},
             min_clients=self.min_clients,
+            graph=self.graph,
         )
+
+    def held(self, params: Tensor, node: int) -> Tensor:
+        """Return the state that a node holds: the one there is, or its own row.
+
+        Args:
+            params: Shape: ``(num_params,)``, or ``(nodes, num_params)`` with a graph.
+        """
+        return params if self.graph is None else params[node]
 
     def views(self) -> dict[Seat, tuple[Any, ...]]:
         """Return the types of view that this federation produces, by seat.
 
-        Whoever receives the global state holds the model white box, whatever users are given.
+        Whoever receives the global state holds the model white box, whatever users are given. In a
+        graph a peer holds its own, and users get that of one node.
         """
         payload: Any = self.trains
         aggregate = AggregateView[payload]
         facing = getattr(self.sends, "facing", None)  # what one of several servers gets of it
         seen: Any = get_type_hints(facing)["return"] if facing else self.sends
         model = (ModelView,) if self.yields_model else ()
+        leaves = (TraceView,) if leaves_trace(self.aggregate) else ()
+        if self.graph is not None:
+            peer = (PeerView[seen], MixView[payload], ClientView[payload], *model)
+            return {
+                Seat.PEER: peer,
+                Seat.USER: (gives(self.release),),
+                Seat.NEIGHBOUR: leaves,
+            }
         if self.server_learns_state:
             server: tuple[Any, ...] = (ServerView[seen], aggregate, *model)
         else:
@@ -214,7 +269,7 @@ class Federation(Generic[P, M]):
             Seat.SERVER: server,
             Seat.CLIENT: (ClientView[payload], aggregate, *model),
             Seat.USER: (gives(self.release),),
-            Seat.NEIGHBOUR: (TraceView,) if leaves_trace(self.aggregate) else (),
+            Seat.NEIGHBOUR: leaves,
         }
 
 

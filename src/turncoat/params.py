@@ -63,8 +63,13 @@ class Layout:
         views = {}
         for s in self.slots:
             view = vector[s.start : s.stop].reshape(s.shape)
-            views[s.name] = view if s.trainable else view.detach().clone().to(s.dtype)
+            views[s.name] = view if s.trainable else _cast(view.detach().clone(), s.dtype)
         return views
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the tensor in another type: what is no whole number is rounded, if it must be one."""
+    return tensor.to(dtype) if dtype.is_floating_point else tensor.round().to(dtype)
 
 
 def stack(rows: Sequence[Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from turncoat.coalition import Coalition, check_members, check_worn
 from turncoat.describe import fingerprint, key
 from turncoat.federation import Federation, WhiteBox
+from turncoat.graphs import neighbours_of
 from turncoat.randomness import Randomness
 from turncoat.runtimes.simulate import Watch, cohorts
 from turncoat.stage import Broadcast, asks, code_of, matches
@@ -287,15 +288,23 @@ def num_shadows(trial: Trial[Any]) -> int:
 
 
 def pose(
-    audit: Audit, federation: Federation[Any, Any], game: Any, at: int, seed: int
+    audit: Audit, federation: Federation[Any, Any], game: Any, at: int, seed: int, by: int = 0
 ) -> tuple[Any, Any]:
-    """Return a game's question and truth: the same for all attacks that play the same game."""
+    """Return a game's question and truth: the same for all attacks that play the same game.
+
+    In a graph the cohort of a round is whom the attacker's node, ``by``, hears in it.
+    """
     rounds, randomness = audit.num_rounds, Randomness(seed)
-    sampled = cohorts(federation, len(audit.task.clients), num_rounds=rounds, seed=seed)
+    num_clients = len(audit.task.clients)
+    sampled = cohorts(federation, num_clients, num_rounds=rounds, seed=seed)
+    cohort = sampled[at % rounds]
+    if federation.graph is not None:
+        near = neighbours_of(federation.graph, num_clients, randomness)[by]
+        cohort = tuple(c for c in cohort if c in near)
     question, truth = game.pose(
         audit.task,
         took_part=frozenset().union(*sampled),
-        cohort=sampled[at % rounds],
+        cohort=cohort,
         rng=randomness.at("pose" + fingerprint(game)),
     )
     return question, truth

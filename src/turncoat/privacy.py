@@ -21,6 +21,12 @@ class Unit(StrEnum):
     CLIENT = "client"
 
 
+_UNPROVEN_IN_A_GRAPH = {
+    "channel": "{!r} draws noise anew for each neighbour, and neighbours may compare",
+    "aggregate": "{!r} adds noise where a node mixes, after its neighbours' messages were read",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Private:
     """An upper bound. ``against`` names the seats that see nothing upstream of the noise."""
@@ -59,6 +65,9 @@ def guarantees(
 
     A client-level guarantee is stated twice where its clients are sampled: amplified against those
     who do not know who took part, and in full against the seats that do.
+
+    In a graph only what a node adds while it trains is proven: all that the others ever get of its
+    data is post-processing of that, so the rounds compose, and it holds against its peers too.
     """
     found: list[Private | Unproven] = []
     readable = issubclass(federation.sends, Revealed)  # so the server sees what comes before noise
@@ -71,6 +80,13 @@ def guarantees(
         event = noisy.event(num_records)
         if broken is not None:
             found.append(Unproven(noisy.unit, f"{broken!r} mixes clients before {noisy!r} clips"))
+            continue
+        if federation.graph is not None:
+            if place == "train":
+                seats = {"peer", "user", "neighbour"}
+                found.append(_compose(noisy, event, num_rounds, delta, frozenset(seats)))
+            else:
+                found.append(Unproven(noisy.unit, _UNPROVEN_IN_A_GRAPH[place].format(noisy)))
             continue
         rate = getattr(federation.sample, "rate", None)
         if noisy.unit is Unit.CLIENT and rate is not None:  # Poisson; others are not amplified

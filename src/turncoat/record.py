@@ -23,6 +23,7 @@ import torch
 from turncoat import __version__
 from turncoat.coalition import Coalition
 from turncoat.federation import STAGES, Federation
+from turncoat.graphs import in_words, neighbours_of
 from turncoat.plan import Audit, Plan, Training, rows
 from turncoat.privacy import Private, guarantees
 from turncoat.randomness import Randomness
@@ -203,6 +204,15 @@ def defence_record(audit: Audit, name: str, federation: Federation[Any, Any]) ->
         delta=audit.delta,
     )
     stages = {place: getattr(fitted, place) for place in STAGES}
+    texts = {place: repr(stage) for place, stage in stages.items()}
+    changed = [p for p in STAGES if getattr(federation, p) != getattr(base, p)]
+    if federation.graph != base.graph:
+        changed.append("graph")
+    linked = None
+    if federation.graph is not None:
+        texts["graph"] = getattr(federation.graph, "__name__", repr(federation.graph))
+        randomness = Randomness(audit.seeds[0])
+        linked = in_words(neighbours_of(federation.graph, len(audit.task.clients), randomness))
     simulated = {
         f"{type(s).__name__}: {s.simulates}"
         for stage in stages.values()
@@ -212,8 +222,9 @@ def defence_record(audit: Audit, name: str, federation: Federation[Any, Any]) ->
     return {
         "name": name,
         "title": audit.titles.get(name, name),
-        "stages": {place: repr(stage) for place, stage in stages.items()},
-        "changed": [p for p in STAGES if getattr(federation, p) != getattr(base, p)],
+        "stages": texts,
+        "changed": changed,
+        "graph": linked,
         "guarantees": [
             {
                 "kind": "private" if isinstance(g, Private) else "unproven",
@@ -365,7 +376,8 @@ def _coalition(audit: Audit) -> dict[str, Any] | None:
     known = (
         "their own updates and everyone else's" if found[0].knows_honest else "their own updates"
     )
-    rule = " and the server's rule" if found[0].knows_rule else ""
+    whose = "their neighbours'" if next(iter(audit.federations.values())).graph else "the server's"
+    rule = f" and {whose} rule" if found[0].knows_rule else ""
     return {"text": f"{said}, who know {known}{rule}", "members": members}
 
 

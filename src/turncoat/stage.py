@@ -23,6 +23,7 @@ P_co = TypeVar("P_co", covariant=True)
 P_contra = TypeVar("P_contra", contravariant=True)
 M_co = TypeVar("M_co", covariant=True)
 M_contra = TypeVar("M_contra", contravariant=True)
+V_co = TypeVar("V_co", covariant=True)
 S = TypeVar("S")
 
 
@@ -98,7 +99,10 @@ class Broadcast(Protocol):
 
 
 class Prepare(Protocol):
-    """What a client does to its data first. Offered: rng, envelope, model, start, verdict."""
+    """What a client does to its data first.
+
+    Offered: rng, envelope, model, start, public, verdict.
+    """
 
     def __call__(self, data: Batch, *args: Any, **asks: Any) -> Batch: ...
 
@@ -132,10 +136,10 @@ class Aggregate(Protocol[M_contra]):
     ) -> Tensor | Summable: ...
 
 
-class Release(Protocol):
+class Release(Protocol[V_co]):
     """What users of the final state get. Offered: rng, public."""
 
-    def __call__(self, model: Model, params: Tensor, *args: Any, **asks: Any) -> Any: ...
+    def __call__(self, model: Model, params: Tensor, *args: Any, **asks: Any) -> V_co: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +157,7 @@ PLACES: dict[Any, Place] = {
     Broadcast: Place((Tensor,), frozenset({"rng", "model", "envelope"}), "sends the state out"),
     Prepare: Place(
         (Batch,),
-        frozenset({"rng", "envelope", "model", "start", "verdict"}),
+        frozenset({"rng", "envelope", "model", "start", "public", "verdict"}),
         "prepares a client's data",
     ),
     Train: Place(

@@ -13,7 +13,7 @@ from turncoat.coalition import Coalition
 from turncoat.federation import Federation
 from turncoat.stage import Broadcast, asks, matches
 from turncoat.task import Task
-from turncoat.views import ModelView, QueryView, Seat
+from turncoat.views import ModelView, QueryView, Seat, ServerView
 
 V_contra = TypeVar("V_contra", contravariant=True)
 G = TypeVar("G")
@@ -116,7 +116,8 @@ class Trial(Generic[G]):
         coalition: Clients that actively help it, if any.
         server: A malicious server's broadcast that helps it, if any.
         at: The round whose view it gets: 0 is the first, -1 the last. Others are not kept.
-        by: Which client, or which of several servers, it sits at.
+        by: Which client, node, or which of several servers, it sits at. Of a graph, users get the
+            model of this node.
     """
 
     attack: Attack[Any, G]
@@ -159,7 +160,12 @@ class Trial(Generic[G]):
         return self.game.says
 
     def sits_at(self, view: Any) -> bool:
-        """Say whether a view is that of the attacker's own client or server."""
+        """Say whether a view is that of the attacker's own client or server.
+
+        A server that knows the state is the only one.
+        """
+        if type(view) is ServerView:
+            return True
         return bool(getattr(view, "client", getattr(view, "server", self.by)) == self.by)
 
     def seats(self, federation: Federation[Any, Any]) -> list[Seat]:
@@ -189,7 +195,7 @@ class Sabotage:
 
     def seats(self, federation: Federation[Any, Any]) -> list[Seat]:
         if self.server:
-            return [Seat.SERVER]
+            return [Seat.SERVER] if federation.graph is None else []
         supplied = self.coalition is not None and self.coalition.is_supplied
         return [Seat.SUPPLIER if supplied else Seat.COALITION]
 

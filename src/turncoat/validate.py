@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 from math import isfinite
-from typing import Any
+from typing import Any, get_args
 
 
 def positive(owner: Any, **numbers: float | None) -> None:
@@ -40,6 +40,14 @@ def exactly_one(owner: Any, **options: Any) -> None:
     if len(given) != 1:
         said = f"; {' and '.join(given)} are given" if given else ""
         raise ValueError(f"{_name(owner)} needs exactly one of {', '.join(options)}{said}")
+
+
+def one_of(choices: Any, owner: Any, **words: Any) -> None:
+    """Refuse what is none of the words of a ``Literal``."""
+    for name, word in words.items():
+        if word not in get_args(choices):
+            cure = nearest(str(word), get_args(choices))
+            raise ValueError(f"{_name(owner)}: {name} is {word!r}; {cure}")
 
 
 def nearest(name: str, right: Iterable[str]) -> str:

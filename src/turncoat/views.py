@@ -66,6 +66,35 @@ class AggregateView(Generic[P_co]):
     after: Tensor = field(repr=False)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PeerView(ServerView[M_co]):
+    """One round at one node of a graph: what it heard from its neighbours, as its own rule read it.
+
+    All is relative to the state that this node itself had: it takes that for what its neighbours
+    started from, too (``sent``). In the first round, and on a complete graph, it is right, and sees
+    their updates as a server would. Elsewhere "what they have minus what I have" is their update
+    and the distance of two states.
+
+    Attributes:
+        client: The node's own number.
+        mine: What it sent to itself: the rule reads it among the others.
+    """
+
+    client: int
+    mine: M_co = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixView(AggregateView[P_co]):
+    """A node's own state before and after a round: the mean of its neighbourhood moved it.
+
+    Attributes:
+        client: The node's own number.
+    """
+
+    client: int
+
+
 @dataclass(frozen=True)
 class ClientView(Generic[P_co]):
     """One round at one client: what it received, what it holds, what it computed."""

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
@@ -28,6 +29,33 @@ def import_file(path: Path) -> ModuleType:
     known = json.loads(os.environ.get(_KNOWN, "{}"))
     os.environ[_KNOWN] = json.dumps(known | {name: str(whole)})
     return importlib.import_module(name)
+
+
+def lay_out(folder: Path) -> None:
+    """Copy what was brought, with the Python files beside it, for machines that have it not."""
+    known = json.loads(os.environ.get(_KNOWN, "{}"))
+    folder.mkdir(parents=True)
+    (folder / "known.json").write_text(json.dumps(known))
+    for name, where in known.items():
+        (folder / name).mkdir()
+        for source in Path(where).parent.glob("*.py"):
+            shutil.copyfile(source, folder / name / source.name)
+
+
+def take_up(folder: Path) -> None:
+    """Find what was brought: where it was, if the same is there, else among the copies."""
+    known = json.loads((folder / "known.json").read_text())
+    for name, where in known.items():
+        copies, original = folder / name, Path(where)
+        if not all(_same(copy, original.with_name(copy.name)) for copy in copies.iterdir()):
+            known[name] = str(copies / original.name)
+        if (beside := str(Path(known[name]).parent)) not in sys.path:
+            sys.path.append(beside)
+    os.environ[_KNOWN] = json.dumps(known)
+
+
+def _same(one: Path, other: Path) -> bool:
+    return other.is_file() and one.read_bytes() == other.read_bytes()
 
 
 class _Finder(MetaPathFinder):

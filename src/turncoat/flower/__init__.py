@@ -12,28 +12,35 @@ from turncoat.flower.check import Finding, Severity, check  # at once: a module 
 
 if TYPE_CHECKING:
     from turncoat.flower.mods import Traitors
-    from turncoat.flower.private import Adaptive, DPFedAvg, Fixed
+    from turncoat.flower.private import Adaptive, DPFedAvg, DPFedAvgLegacy, Fixed
     from turncoat.flower.robust import Robust, RobustLegacy
+    from turncoat.flower.secagg import AggregationHalted, Watched
 
 __all__ = [
     "Adaptive",
+    "AggregationHalted",
     "DPFedAvg",
+    "DPFedAvgLegacy",
     "Finding",
     "Fixed",
     "Robust",
     "RobustLegacy",
     "Severity",
     "Traitors",
+    "Watched",
     "check",
 ]
 
 _HOMES = {
     "Adaptive": "private",
+    "AggregationHalted": "secagg",
     "DPFedAvg": "private",
+    "DPFedAvgLegacy": "private",
     "Fixed": "private",
     "Robust": "robust",
     "RobustLegacy": "robust",
     "Traitors": "mods",
+    "Watched": "secagg",
 }
 
 

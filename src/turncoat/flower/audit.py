@@ -18,6 +18,7 @@ from turncoat.audit import Event
 from turncoat.flower.company import company
 from turncoat.flower.forgeries import Forgery
 from turncoat.flower.loading import FlowerApp
+from turncoat.flower.witness import Metric, num_examples_behind
 from turncoat.record import (
     AuditFolder,
     FolderUnusable,
@@ -168,10 +169,16 @@ class Work:
         self.on_event(Event("plan", 0, self.total, f"{self.total} runs of {audit.app.name}"))
         self._rehearse(first)
         clean = first[0]
+        log = self.folder.path / "logs" / f"{self.key(clean)}.log"
         if clean in self.broken:
-            log = self.folder.path / "logs" / f"{self.key(clean)}.log"
             raise AppBroken(f"the app does not run by itself: {self.broken[clean]}; see {log}")
-        if not self.played[clean]["cohort"]:
+        halts, num_rounds = self.played[clean]["halts"], len(self.played[clean]["cohort"])
+        if halts and len(halts) >= num_rounds:
+            raise AppBroken(
+                f"the app learns nothing by itself: in every round {halts[0][1]}, which Flower "
+                f"only logs; see {log}"
+            )
+        if not num_rounds:
             raise AppBroken(
                 "the app's server sent no training message through its grid: there is nothing to "
                 "attack; does its ServerApp use the Grid that it is given?"
@@ -261,6 +268,29 @@ class Work:
 
     def cell(self, attack: str, defence: str, seed: int) -> str:
         return _hash(self.audit.identity, attack, defence, seed)
+
+    def history(self, run: Run, metric: Metric | None) -> list[float]:
+        """Return a metric after each round of a run; nothing if there is none."""
+        return metric.history(self.played[run]) if metric and run in self.played else []
+
+    @property
+    def task(self) -> dict[str, Any]:
+        """What is known of the app's data, if it was given."""
+        return next((d["task"] for d in self.disclosed.values() if d.get("task")), {})
+
+    def chance(self, metric: Metric) -> float:
+        """Return what guessing would give."""
+        classes = len(self.task.get("classes") or ())
+        return 1 / classes if metric.name == "accuracy" and classes else 0.0
+
+    def num_test(self, metric: Metric | None) -> int | None:
+        """Return how many examples are behind the metric, as nodes claim or shares give away."""
+        clean = self.played[Run(AS_IS, None, self.audit.seeds[0])]
+        if metric is None or not metric.rises:
+            return None
+        if metric.source != "server":
+            return int(clean["num_evaluated"]) or None
+        return num_examples_behind([v for p in self.played.values() for v in metric.history(p)])
 
     def _task(self, key: str, call: str, job: dict[str, Any]) -> dict[str, Any]:
         path = self.folder.path

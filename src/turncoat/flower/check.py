@@ -19,12 +19,12 @@ _HARMLESS = ("arrays_size_mod", "message_size_mod")
 
 _READS_EACH = (
     *("Krum", "MultiKrum", "Bulyan", "FedMedian", "FedTrimmedAvg", "QFedAvg"),
-    *("DifferentialPrivacyServerSideFixedClipping", "RobustLegacy", "Robust"),
+    *("DifferentialPrivacyServerSideFixedClipping", "RobustLegacy", "Robust", "DPFedAvgLegacy"),
     "DifferentialPrivacyServerSideAdaptiveClipping",
 )
 _IGNORES_CLAIMS = (
     *("Krum", "Bulyan", "FedMedian", "FedTrimmedAvg", "QFedAvg"),
-    *("Robust", "RobustLegacy", "DPFedAvg"),
+    *("Robust", "RobustLegacy", "DPFedAvg", "DPFedAvgLegacy"),
 )
 _FLOWERS_DP = (
     "DifferentialPrivacyServerSideFixedClipping",
@@ -32,6 +32,7 @@ _FLOWERS_DP = (
     "DifferentialPrivacyClientSideFixedClipping",
     "DifferentialPrivacyClientSideAdaptiveClipping",
 )
+_OUR_DP = ("DPFedAvg", "DPFedAvgLegacy")
 _LOOPBACK = ("127.", "localhost", "[::1]", "::1")
 
 
@@ -81,6 +82,7 @@ def check(
     app = sight(server_app, client_app, strategy)
     found = chain(
         _secure_aggregation(app),
+        *(_halts(workflow, app, num_nodes) for workflow in app.workflows),
         *(_precondition(each, num_nodes) for s in app.strategies for each in s.chain()),
         *(_noise(s, app) for s in app.strategies),
         _mods(app),
@@ -149,6 +151,37 @@ def _secure_aggregation(app: App) -> Iterator[Finding]:
                 "to, are then integers modulo 2^32 under a mask.",
                 f"Put {names[masked]} first.",
             )
+
+
+def _halts(workflow: Sighted, app: App, num_nodes: int | None) -> Iterator[Finding]:
+    """SecAgg+ gives up where too few nodes are left, and says so in one line of its log."""
+    inside = workflow.inner or workflow
+    threshold = inside.get("reconstruction_threshold")
+    cohorts = [_cohort(strategy, num_nodes) for strategy in app.strategies]
+    cohort = min((n for n, is_all in cohorts if is_all and n is not None), default=None)
+    if not is_a(workflow.kind, "Watched"):
+        yield Finding(
+            Severity.DANGER,
+            "Nobody is told when SecAgg+ halts.",
+            "If too few nodes are left in a round, Flower logs one line and keeps the old model. "
+            "Were it so in every round, the run would end with exit code 0 all the same.",
+            "turncoat.flower.Watched(SecAggPlusWorkflow(...)), as the fit_workflow, counts it, and "
+            "stops the run with its reason.",
+        )
+    if isinstance(threshold, int) and cohort is not None and threshold > cohort:
+        yield Finding(
+            Severity.VOID,
+            f"SecAgg+ opens a secret with {threshold} shares, and the cohort has {cohort} nodes.",
+            "It halts in every round.",
+            "Lower reconstruction_threshold, or ask more nodes.",
+        )
+    elif isinstance(threshold, float) and threshold == 1:
+        yield Finding(
+            Severity.NOTE,
+            "SecAgg+ needs every share to open a secret.",
+            "One node that goes away halts the round for all.",
+            "Set reconstruction_threshold below 1.",
+        )
 
 
 def _precondition(strategy: Sighted, num_nodes: int | None) -> Iterator[Finding]:
@@ -243,7 +276,7 @@ def _too_few(
 
 def _noise(strategy: Sighted, app: App) -> Iterator[Finding]:
     """What Flower's DP wrappers, and ours, need to hold."""
-    if is_a(strategy.kind, "DPFedAvg") and "turncoat" in strategy.kind.__module__:
+    if is_a(strategy.kind, *_OUR_DP):
         for name, why in (
             ("keeps_metrics", "Training metrics leave the server without noise."),
             ("seed", "Who knows the seed can draw the noise again and subtract it."),
@@ -251,7 +284,7 @@ def _noise(strategy: Sighted, app: App) -> Iterator[Finding]:
             seed = strategy.get(name, f"_is_{name}ed")
             if seed is not UNKNOWN and seed is not None and seed is not False:
                 yield Finding(
-                    Severity.VOID, f"DPFedAvg with {name} has no guarantee.", why, f"Drop {name}."
+                    Severity.VOID, f"{strategy} with {name} has no guarantee.", why, f"Drop {name}."
                 )
     if not is_a(strategy.kind, *_FLOWERS_DP):
         return
@@ -269,7 +302,8 @@ def _noise(strategy: Sighted, app: App) -> Iterator[Finding]:
             "The formula of Andrew et al. takes the fraction of updates below the norm; Flower "
             "feeds it the fraction above. From below the quantile the norm runs to 0, and the "
             "model stops; from above it grows without bound, and so does the noise.",
-            "Use turncoat.flower.DPFedAvg(strategy, Adaptive(...)), or a fixed norm.",
+            f"Use turncoat.flower.{_ours('DPFedAvg', strategy)}(strategy, Adaptive(...)), or a "
+            "fixed norm.",
         )
     if inner := strategy.inner:
         averages = is_a(defines(inner.kind, "aggregate_train", "aggregate_fit"), "FedAvg")
@@ -290,7 +324,7 @@ def _noise(strategy: Sighted, app: App) -> Iterator[Finding]:
                 "One node can move the mean by C times its share, which it claims itself: the "
                 "noise, calibrated to C / n, is too small by up to a factor n.",
                 "Send the same num-examples from all nodes and reject others, or use "
-                "turncoat.flower.DPFedAvg, which counts all alike.",
+                f"turncoat.flower.{_ours('DPFedAvg', strategy)}, which counts all alike.",
             )
     if "ClientSide" in strategy.kind.__name__:
         mod = "adaptiveclipping_mod" if "Adaptive" in strategy.kind.__name__ else _CLIPS[0]
@@ -375,7 +409,7 @@ def _local_noise(mod: Any) -> Iterator[Finding]:
 
 def _batch_norm(app: App, model: Any) -> Iterator[Finding]:
     """Statistics over a batch tie examples to each other, and are no gradients."""
-    noisy = [e for s in app.strategies for e in s.chain() if is_a(e.kind, *_FLOWERS_DP, "DPFedAvg")]
+    noisy = [e for s in app.strategies for e in s.chain() if is_a(e.kind, *_FLOWERS_DP, *_OUR_DP)]
     worn = [m for mods in app.mods for m in mods if _named(m) == "LocalDpMod"]
     if not noisy and not worn:
         return
@@ -423,7 +457,6 @@ def _claims(strategy: Sighted, app: App) -> Iterator[Finding]:
             "Run the audit: it plays forgers against it.",
         )
         return
-    ours = "RobustLegacy" if is_legacy(strategy.kind) else "Robust"
     capped = " (SecAgg+ has a max_weight, which only honest nodes keep to)" if app.workflows else ""
     yield Finding(
         Severity.DANGER,
@@ -432,7 +465,8 @@ def _claims(strategy: Sighted, app: App) -> Iterator[Finding]:
         "One node that claims 10^12 examples replaces the model by its own, in one round.",
         "Under masks no server can tell: choose between SecAgg+ and a rule that caps claims."
         if app.workflows
-        else f"turncoat.flower.{ours}(rule, strategy) caps claims, and robust rules ignore them.",
+        else f"turncoat.flower.{_ours('Robust', strategy)}(rule, strategy) caps claims, and robust "
+        "rules ignore them.",
     )
 
 
@@ -455,13 +489,11 @@ def _transport(connection: Mapping[str, Any] | Path | str | None) -> Iterator[Fi
             "Whether nodes and server talk over TLS is not known.",
             "It is no part of the app. Without it, whoever is on the wire reads and rewrites "
             "every update.",
-            f"Give check the connection ([superlink.NAME] of Flower's config.toml). {cure}",
+            f"{cure} turncoat.flower.check(..., connection=...) judges Flower's config.toml.",
         )
         return
-    for name, table in _tables(connection):
+    for name, table in remote_tables(connection):
         address = str(table.get("address", ""))
-        if address.startswith(":") or ("options" in table and not address):
-            continue  # a simulation: nothing travels
         if table.get("insecure") or not table.get("root-certificates"):
             near = address.startswith(_LOOPBACK)
             insecure = bool(table.get("insecure"))
@@ -476,6 +508,16 @@ def _transport(connection: Mapping[str, Any] | Path | str | None) -> Iterator[Fi
                 else "The server is then trusted if any public authority vouches for it.",
                 cure,
             )
+
+
+def remote_tables(
+    connection: Mapping[str, Any] | Path | str,
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the connections by name, but for simulations, in which nothing travels."""
+    for name, table in _tables(connection):
+        address = str(table.get("address", ""))
+        if not address.startswith(":") and (address or "options" not in table):
+            yield name, table
 
 
 def _tables(connection: Mapping[str, Any] | Path | str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -548,6 +590,10 @@ def _flowers_own(strategy: Sighted) -> bool:
     """Say whether how it aggregates is Flower's, or ours, rather than the app's."""
     owner = defines(strategy.kind, "aggregate_train", "aggregate_fit")
     return owner.__module__.split(".")[0] in ("flwr", "turncoat")
+
+
+def _ours(name: str, strategy: Sighted) -> str:
+    return f"{name}Legacy" if is_legacy(strategy.kind) else name
 
 
 def _named_rule(strategy: Sighted) -> str:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
-from turncoat.attacks.poisoning.alie import largest_z
+from turncoat.attacks.poisoning.alie import ALIE, largest_z
+from turncoat.attacks.poisoning.boost import Boost
+from turncoat.attacks.poisoning.ipm import IPM
+from turncoat.attacks.poisoning.min_max import MinMax, largest_gamma
+from turncoat.attacks.poisoning.sign_flip import SignFlip
+from turncoat.coalition import Forge
+from turncoat.messages import Update, rows
+from turncoat.stage import call
+from turncoat.task import Model
 from turncoat.validate import nearest, positive
+from turncoat.views import CoalitionView
 
 Matrix = NDArray[np.float64]
 
@@ -76,9 +87,18 @@ class Forgery:
 
     def __call__(self, own: Matrix, others: Matrix) -> Matrix:
         """Return what the members send. Shapes: ``(members, d)`` and ``(others, d)``."""
-        code, _ = _KNOWN[self.name]
-        known = others if len(others) else own
-        return code(own, known, self.usual(len(own), len(others)))
+        make, _ = _KNOWN[self.name]
+        honest = _updates(others) or None
+        size = len(own) + len(others)
+        view = CoalitionView(
+            0, Model(nn.Identity), torch.zeros(own.shape[1]), _updates(own), honest, None, size
+        )
+        forged: Sequence[Update] = call(make(self.usual(len(own), len(others))), view)
+        return rows(forged).numpy()
+
+
+def _updates(matrix: Matrix) -> tuple[Update, ...]:
+    return tuple(Update(row, 1.0) for row in torch.from_numpy(matrix))
 
 
 def parse(text: str) -> list[Forgery]:
@@ -100,57 +120,23 @@ def parse(text: str) -> list[Forgery]:
     return found
 
 
-def _sign_flip(own: Matrix, known: Matrix, factor: Any) -> Matrix:
-    return np.asarray(-factor * own)
-
-
-def _scaling(own: Matrix, known: Matrix, factor: Any) -> Matrix:
-    return np.asarray(factor * own)
-
-
-def _alie(own: Matrix, known: Matrix, z: Any) -> Matrix:
-    return _to_all(own, known.mean(axis=0) - z * _spread(known))
-
-
-def _ipm(own: Matrix, known: Matrix, epsilon: Any) -> Matrix:
-    return _to_all(own, -epsilon * known.mean(axis=0))
-
-
-def _min_max(own: Matrix, known: Matrix, gamma: Any) -> Matrix:
-    mean, away = known.mean(axis=0), -_spread(known)
-    return _to_all(own, mean + (widest_gamma(known, away) if gamma is None else gamma) * away)
-
-
 def widest_gamma(known: Matrix, away: NDArray[np.float64]) -> float:
     """Return the largest gamma with ``mean + gamma * away`` no farther from any row than rows are.
 
     The distance to each row is a quadratic in gamma, so each gives one bound.
     """
-    rest = known.mean(axis=0) - known
-    slope = float(away @ away)
-    if slope == 0:
-        return 0.0
-    squares = (known * known).sum(axis=1)
-    between = squares[:, None] + squares - 2 * known @ known.T
-    offsets, crossed = (rest * rest).sum(axis=1) - max(0.0, float(between.max())), rest @ away
-    inside = np.maximum(crossed * crossed - slope * offsets, 0.0)
-    return max(0.0, float(((-crossed + np.sqrt(inside)) / slope).min()))
+    return largest_gamma(torch.from_numpy(known), torch.from_numpy(away))
 
 
-def _spread(known: Matrix) -> NDArray[np.float64]:
-    spread: NDArray[np.float64] = known.std(axis=0, ddof=min(1, len(known) - 1))
-    return spread
+def _min_max(gamma: float | None) -> Forge[Update]:
+    return MinMax() if gamma is None else ALIE(gamma)  # both: mean - gamma * std
 
 
-def _to_all(own: Matrix, row: NDArray[np.float64]) -> Matrix:
-    return np.broadcast_to(row, own.shape).copy()
-
-
-_KNOWN: dict[str, tuple[Callable[[Matrix, Matrix, Any], Matrix], str]] = {
-    "sign-flip": (_sign_flip, "-"),
-    "alie": (_alie, "z = "),
-    "ipm": (_ipm, "epsilon = "),
+_KNOWN: dict[str, tuple[Callable[[Any], Forge[Update]], str]] = {
+    "sign-flip": (SignFlip, "-"),
+    "alie": (ALIE, "z = "),
+    "ipm": (IPM, "epsilon = "),
     "min-max": (_min_max, "gamma: "),
-    "scaling": (_scaling, ""),
+    "scaling": (Boost, ""),
 }
 ATTACKS = tuple(_KNOWN)

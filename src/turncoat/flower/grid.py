@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from flwr.clientapp.client_app import ClientAppException, LoadClientAppError
 from flwr.common import Code
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.server.workflow import SecAggPlusWorkflow
+from flwr.server.workflow.constant import MAIN_CONFIGS_RECORD, Key
 from flwr.server.workflow.default_workflows import default_fit_workflow
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -215,6 +217,13 @@ def error_reply(message: Message, code: int, reason: str) -> Message:
     return Message(Error(code=code, reason=reason), reply_to=message)
 
 
+def reason_of(error: Any) -> str:
+    """Return what a node's error says, without the wrapping that Flower puts around it."""
+    said = " ".join(str(getattr(error, "reason", error)).split())
+    wrapped = re.search(r"ClientAppException occurred\. Message: (.*)'>$", said)
+    return (wrapped[1] if wrapped else said)[-300:]
+
+
 def _fault(message: Message, fault: Exception, code: str) -> Message:
     return error_reply(message, getattr(ErrorCode, code), f"{type(fault)}:<'{fault}'>")
 
@@ -338,6 +347,11 @@ def without_secure_aggregation() -> Iterator[None]:
             yield
     finally:
         SecAggPlusWorkflow.__call__ = original  # type: ignore[method-assign]
+
+
+def round_of(context: Any) -> int:
+    """Return the round that a legacy workflow is in."""
+    return int(context.state.config_records[MAIN_CONFIGS_RECORD][Key.CURRENT_ROUND])
 
 
 def mods_of(client_app: ClientApp) -> list[Mod]:

@@ -1,7 +1,7 @@
 """Our active attacks as mods of a Flower ClientApp: ``ClientApp(mods=[Traitors(...)])``.
 
-Every forge of Turncoat can be worn (``turncoat.attacks.poisoning``), and those below, which need
-no more than updates either. Apps in the Message API and ``client_fn`` apps alike; under secure
+Every forge of ``turncoat.attacks.poisoning`` can be worn that needs no server's rule; those most
+used can be had from here. Apps in the Message API and ``client_fn`` apps alike; under secure
 aggregation, name the traitors after its mod: ``[secaggplus_mod, Traitors(...)]``.
 """
 
@@ -9,22 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord
 from flwr.clientapp.typing import ClientAppCallable
-from torch import Generator, Tensor, nn
+from torch import nn
 
+from turncoat.attacks.poisoning.boost import Boost
+from turncoat.attacks.poisoning.gaussian import Gaussian
+from turncoat.attacks.poisoning.ipm import IPM
+from turncoat.attacks.poisoning.min_max import MinMax, MinSum, largest_gamma
 from turncoat.coalition import Forge
 from turncoat.flower.replies import Frame, arrays_of, record_of
-from turncoat.messages import Update, rows, with_rows
+from turncoat.messages import Update
 from turncoat.randomness import Randomness
 from turncoat.stage import Memory, call
 from turncoat.task import Model
-from turncoat.validate import at_least, positive
+from turncoat.validate import at_least
 from turncoat.views import CoalitionView
+
+__all__ = ["IPM", "Boost", "Gaussian", "MinMax", "MinSum", "Traitors", "largest_gamma"]
 
 _WEIGHTS = ("num-examples", "num_examples")  # where the two APIs say how much a reply counts
 
@@ -124,125 +129,6 @@ class Traitors:
     def _size(self, context: Context) -> int:
         known = self.num_clients or context.node_config.get("num-partitions")
         return max(int(known or 0), len(self.clients))
-
-
-@dataclass(frozen=True)
-class Boost:
-    """Send the own update ``factor`` times as long: the mean then becomes it [1]_. A forge.
-
-    The update must be worth it: train it on poisoned data (the app's own affair).
-
-    Args:
-        factor: None for the size of the cohort.
-
-    .. [1] Bagdasaryan et al., AISTATS 2020, section 4.2, eq. (3). https://arxiv.org/abs/1807.00459
-    """
-
-    factor: float | None = None
-
-    def __post_init__(self) -> None:
-        positive(self, factor=self.factor)
-
-    def __call__(self, view: CoalitionView[Update]) -> Sequence[Update]:
-        factor = float(view.num_clients) if self.factor is None else self.factor
-        return with_rows(view.own, rows(view.own) * factor)
-
-
-@dataclass(frozen=True)
-class Gaussian:
-    """Send noise, ``scale`` times as long as the own update [1]_. A forge that knows no label.
-
-    .. [1] Blanchard et al., NeurIPS 2017, section 6. https://arxiv.org/abs/1703.02757
-    """
-
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        positive(self, scale=self.scale)
-
-    def __call__(self, view: CoalitionView[Update], *, rng: Generator) -> Sequence[Update]:
-        own = rows(view.own)
-        noise = torch.randn(own.shape, generator=rng).to(own.device)
-        lengths = own.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True).clamp(min=1e-30)
-        return with_rows(view.own, noise * lengths * self.scale)
-
-
-@dataclass(frozen=True)
-class IPM:
-    """Send the honest mean turned round and ``epsilon`` times as long [1]_. A forge.
-
-    Inner product manipulation: a small epsilon hides among the honest from Krum and the median, one
-    above ``(n - f) / f`` turns the plain mean round.
-
-    .. [1] Xie et al., UAI 2019, section 4. https://arxiv.org/abs/1903.03936
-    """
-
-    epsilon: float = 0.5
-
-    def __post_init__(self) -> None:
-        positive(self, epsilon=self.epsilon)
-
-    def __call__(self, view: CoalitionView[Update]) -> Sequence[Update]:
-        forged = -self.epsilon * rows(view.known).mean(dim=0)
-        return with_rows(view.own, forged.expand(len(view.own), -1))
-
-
-@dataclass(frozen=True)
-class MinMax:
-    """Go from the honest mean as far as the two honest updates furthest apart are [1]_. A forge.
-
-    ``mean + gamma p`` with the largest gamma that leaves the forged update no further from any
-    known one than any two of these are from each other. One known update has no spread: it is sent
-    as it is.
-
-    Differs from the paper: gamma is the smallest of the roots of a quadratic for each known
-    update, not searched.
-
-    Args:
-        direction: p: minus the deviation of each coordinate ("std"), minus its mean's sign
-            ("sign"), or minus the mean as a unit vector ("unit").
-
-    .. [1] Shejwalkar & Houmansadr, NDSS 2021, section IV-B, eq. (11).
-       https://www.ndss-symposium.org/ndss-paper/manipulating-the-byzantine-optimizing-model-poisoning-attacks-and-defenses-for-federated-learning/
-    """
-
-    direction: Literal["std", "sign", "unit"] = "std"
-
-    def __post_init__(self) -> None:
-        if self.direction not in ("std", "sign", "unit"):
-            raise ValueError(
-                f"MinMax: direction must be 'std', 'sign' or 'unit'; it is {self.direction!r}"
-            )
-
-    def __call__(self, view: CoalitionView[Update]) -> Sequence[Update]:
-        known = rows(view.known).double()
-        mean = known.mean(dim=0)
-        forged = mean + largest_gamma(known, self._away(known, mean)) * self._away(known, mean)
-        return with_rows(view.own, forged.float().expand(len(view.own), -1))
-
-    def _away(self, known: Tensor, mean: Tensor) -> Tensor:
-        if self.direction == "sign":
-            away = mean.sign()
-        elif self.direction == "unit":
-            away = mean / mean.norm().clamp(min=1e-30)
-        else:
-            away = known.std(dim=0) if len(known) > 1 else torch.zeros_like(mean)
-        return -away
-
-
-def largest_gamma(known: Tensor, away: Tensor) -> float:
-    """Return how far along ``away`` from the mean of ``known`` Min-Max may go.
-
-    For each known x: ``|mean + gamma p - x|^2 <= D``, a quadratic in gamma.
-    """
-    square = float(away.square().sum())
-    if len(known) < 2 or not square:
-        return 0.0
-    furthest = torch.pdist(known).max().square()
-    offsets = known.mean(dim=0) - known
-    half = offsets @ away
-    slack = (furthest - offsets.square().sum(dim=1)).clamp(min=0)
-    return float(((half.square() + square * slack).sqrt() - half).min() / square)
 
 
 def _unknown() -> Model:

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
 from typing import Any
 
-_ROOTS = {"Strategy", "SecAggPlusWorkflow"}  # and what derives from them
+_WORKFLOWS = ("SecAggPlusWorkflow", "Watched")
+_ROOTS = {"Strategy", *_WORKFLOWS}  # and what derives from them
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -50,8 +51,8 @@ class Sighted:
 
     @property
     def inner(self) -> Sighted | None:
-        """The strategy that it wraps, if one is known."""
-        inner = self.get("strategy")
+        """The strategy or workflow that it wraps, if one is known."""
+        inner = self.get("strategy", "workflow")
         return inner if isinstance(inner, Sighted) else None
 
     def chain(self) -> Iterator[Sighted]:
@@ -99,7 +100,7 @@ def sight(server_app: Any, client_app: Any, strategy: Any = None) -> App:
     functions = [function for function, _ in (*reached, *clients)]
     return App(
         strategies=tuple(s for s in (*held, *found) if is_a(s.kind, "Strategy")),
-        workflows=tuple(s for s in found if is_a(s.kind, "SecAggPlusWorkflow")),
+        workflows=tuple(s for s in found if is_a(s.kind, *_WORKFLOWS)),
         mods=tuple(dict.fromkeys(tuple(mods) for mods, _ in chains)),
         has_client_fn=has_client_fn,
         modules=_modules_of(functions),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from turncoat.attacks.backdoor.edge_cases import Edge
 from turncoat.attacks.backdoor.triggers import Trigger
 from turncoat.metrics.intervals import clopper_pearson, of_difference, wilson
 from turncoat.task import Task
@@ -101,6 +102,124 @@ class TargetedError:
         taken = _taken_for(self.target, hurt, clean, chosen, "targeted_error")
         after, before = _outputs(hurt, inputs), _outputs(clean, inputs)
         return Marked(taken, _performance(task, after, before))
+
+
+@dataclass(frozen=True)
+class EdgeCaseSuccess:
+    """How often edge cases that nobody trained on, not of the target class, are taken for it.
+
+    Args:
+        edge: Which of the test records are edge cases, or where others come from.
+        target: The class that they shall be taken for.
+    """
+
+    edge: Edge
+    target: int
+    family = "backdoor"
+    says = (
+        "{who} can plant a backdoor without a trigger: inputs that hardly occur are taken for the "
+        "attacker's class in {value} {interval} of cases; without the attack in {baseline}."
+    )
+
+    def __post_init__(self) -> None:
+        at_least(0, self, target=self.target)
+
+    def mark(self, hurt: Released, clean: Released, *, task: Task, rng: Generator) -> Marked:
+        inputs, labels = task.test
+        others = labels != self.target
+        cases, _ = self.edge((inputs[others], labels[others]))
+        if not len(cases):
+            raise ValueError(f"{self!r} finds no edge case in the test data of {task.name!r}")
+        taken = _taken_for(self.target, hurt, clean, cases, "attack_success_rate")
+        after, before = _outputs(hurt, inputs), _outputs(clean, inputs)
+        shown = {"triggered": cases[:MAX_SHOWN].cpu()}
+        return Marked(taken, _performance(task, after, before), shown)
+
+
+@dataclass(frozen=True)
+class SourceRecall:
+    """How many test examples of one class are still found, and how many of all others."""
+
+    source: int
+    family = "poisoning"
+    says = (
+        "{who} can bring the recall of one class down to {value} {interval}; without the attack "
+        "it is {baseline}."
+    )
+
+    def __post_init__(self) -> None:
+        at_least(0, self, source=self.source)
+
+    def mark(self, hurt: Released, clean: Released, *, task: Task, rng: Generator) -> Marked:
+        inputs, labels = task.test
+        chosen = labels == self.source
+        if not bool(chosen.any()):
+            raise ValueError(
+                f"{self!r} needs test examples of class {self.source}; {task.name!r} has none"
+            )
+        after, before = _outputs(hurt, inputs), _outputs(clean, inputs)
+        found = _recall("source_recall", after, before, labels, chosen)
+        if bool(chosen.all()):
+            return Marked(found, _performance(task, after, before))
+        others = _recall("other_recall", after, before, labels, ~chosen)
+        return Marked(found, (others, *_performance(task, after, before)))
+
+
+@dataclass(frozen=True)
+class TargetConfidence:
+    """How sure the model is of the attacker's class for the very records that it is after.
+
+    They are those that ``Relabelled`` plants: the first ``num_records`` of ``source`` at a client.
+    The interval is that of a share of so many trials, and wide: it speaks of the records, not of
+    training again.
+
+    Args:
+        client: Whose records they are.
+    """
+
+    client: int
+    source: int
+    target: int
+    num_records: int = 1
+    family = "poisoning"
+    says = (
+        "{who} can have chosen records misjudged, with a confidence of {value} {interval}; "
+        "without the attack of {baseline}."
+    )
+
+    def __post_init__(self) -> None:
+        at_least(0, self, client=self.client, source=self.source, target=self.target)
+        at_least(1, self, num_records=self.num_records)
+        if self.source == self.target:
+            raise ValueError(f"{self!r}: source and target are one class; choose two")
+
+    def mark(self, hurt: Released, clean: Released, *, task: Task, rng: Generator) -> Marked:
+        inputs, labels = task.clients[self.client]
+        chosen = inputs[labels == self.source][: self.num_records]
+        if not len(chosen):
+            raise ValueError(
+                f"{self!r} needs records of class {self.source}; client {self.client} of "
+                f"{task.name!r} has none"
+            )
+        after, before = (
+            _outputs(seen, chosen).double().exp()[:, self.target] for seen in (hurt, clean)
+        )
+        interval = wilson(float(after.sum()), len(chosen))
+        sure = Measurement(
+            "target_confidence", float(after.mean()), float(before.mean()), *interval, worst=1.0
+        )
+        outputs = _outputs(hurt, task.test[0]), _outputs(clean, task.test[0])
+        return Marked(sure, _performance(task, *outputs))
+
+
+def _recall(
+    name: str, after: Tensor, before: Tensor, labels: Tensor, chosen: Tensor
+) -> Measurement:
+    """Return the share of the chosen examples that are taken for what they are."""
+    hits = (after.argmax(dim=1) == labels)[chosen]
+    baseline = float((before.argmax(dim=1) == labels)[chosen].double().mean())
+    interval = clopper_pearson(int(hits.sum()), len(hits))
+    return Measurement(name, float(hits.double().mean()), baseline, *interval, worst=0.0)
 
 
 def _taken_for(

@@ -16,7 +16,7 @@ from turncoat.report import figures, palette, words
 from turncoat.report.cost import Cost, costs, done, runs
 from turncoat.report.figures import Array, Drawing
 from turncoat.report.gallery import Exhibition, Tensors, exhibition, exhibits
-from turncoat.report.pooled import num_missing, squares
+from turncoat.report.pooled import Square, num_missing, squares
 from turncoat.report.ranking import Rank, ranked
 from turncoat.report.record import Record, Row, read
 from turncoat.report.verdict import (
@@ -117,6 +117,7 @@ def _render(
         emphasised=emphasised,
         groups=_groups(matrix),
         footnotes=_footnotes(record, matrix),
+        not_tried=NOT_TRIED,
         missing=sum(num_missing(square) for square in matrix.values()),
         total=sum(1 if s.status == "blocked" else s.num_planned for s in matrix.values()),
         heat_steps=palette.HEAT_STEPS,
@@ -176,7 +177,7 @@ def _groups(matrix: Matrix) -> dict[str, list[str]]:
 
 def _rankings(record: Record, matrix: Matrix, prices: Mapping[str, Cost]) -> dict[str, list[Rank]]:
     """Return the ranks at every seat where an attack was scored and there is what to rank."""
-    if len(record.defences) < 2:
+    if len(record.choices) < 2:
         return {}
     return {
         seat: ranked(record, matrix, prices, seat)
@@ -191,14 +192,13 @@ def _footnotes(record: Record, matrix: Matrix) -> Footnotes:
     for seat in _groups(matrix):
         for defence in record.defences:
             here = column(matrix, seat, defence)
-            for kind in ("blocked", "failed"):
+            for kind in ("blocked", NOT_TRIED, "failed"):
                 # a square of several seeds may be scored and have failed in one of them
-                told = [s for s in here if s.status == kind or (kind == "failed" and s.num_failed)]
-                forced = any(not s.says.startswith(NOT_TRIED) for s in told)
-                ask = kind == "blocked" and seat and forced
+                told = [s for s in here if _kind(s) == kind or (kind == "failed" and s.num_failed)]
+                ask = kind == "blocked" and seat and told
                 then = still_can(record, matrix, seat, defence) if ask else ""
                 if told:
-                    items = tuple((s.attack, s.says) for s in told)
+                    items = tuple((s.attack, s.says.removeprefix(f"{NOT_TRIED}, for ")) for s in told)
                     said.setdefault((seat, kind, items, then), []).append(defence)
     found = Footnotes()
     for number, ((seat, kind, items, then), behind) in enumerate(said.items(), 1):
@@ -207,6 +207,11 @@ def _footnotes(record: Record, matrix: Matrix) -> Footnotes:
         found.notes.append(Note(number, kind, seat, where, items, then))
         found.of |= {(attack, seat, d): number for attack, _ in items for d in behind}
     return found
+
+
+def _kind(square: Square) -> str:
+    untried = square.status == "blocked" and square.says.startswith(NOT_TRIED)
+    return NOT_TRIED if untried else square.status
 
 
 def _exhibits(
@@ -243,7 +248,7 @@ def _draw(
 ) -> dict[str, list[Drawing]]:
     slug = figures.slugs()
     slug("matrix")
-    names = record.defences
+    names = record.choices
     return {
         "roc": list(_rocs(record, matrix, shown, slug)),
         "accuracy": list(_histories(record, slug)),
@@ -256,7 +261,8 @@ def _draw(
                 record.metric,
             )
             for seat in _groups(matrix)
-            if any(s.status == "scored" for name in names for s in column(matrix, seat, name))
+            if len(names) > 1
+            and any(s.status == "scored" for name in names for s in column(matrix, seat, name))
             and any(prices[name].quality for name in names)
         ],
         "partition": list(_partition(record, slug)),

@@ -60,7 +60,8 @@ class Square:
     """What came of one attack at one seat against one defence.
 
     Attributes:
-        status: ``"scored"``, ``"blocked"``, ``"failed"``, or ``"missing"`` if it was not run yet.
+        status: ``"scored"``, ``"blocked"``, ``"failed"``, or ``"missing"`` if it was not run yet;
+            ``"unplayed"`` for a seat that sees more than those at which it was played.
         headline: If scored, the figure that the game leads with.
         others: Whatever else the game measured.
         beats: Whether the attack beat its baseline, its interval considered.

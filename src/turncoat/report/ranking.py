@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from turncoat.report.cost import Cost
 from turncoat.report.pooled import Square
 from turncoat.report.record import Record
-from turncoat.report.verdict import Matrix, reach, strongest
+from turncoat.report.verdict import UNKNOWN, Matrix, reach, strongest
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Rank:
 
     Attributes:
         worst: The attack that goes furthest under it; None where nothing was scored.
-        unknown: Attacks that failed or were not run: the worst may be worse.
+        unknown: Attacks that failed or were not run here: the worst may be worse.
         blocked: How many of the attacks at this seat are blocked, which is no proof of safety.
         num_attacks: How many there are.
     """
@@ -33,9 +33,9 @@ class Rank:
 def ranked(record: Record, matrix: Matrix, prices: Mapping[str, Cost], seat: str) -> list[Rank]:
     """Return the defences, the one whose worst case is mildest first; the unknown come last."""
     ranks = []
-    for defence in record.defences:
+    for defence in record.choices:
         found = reach(record, matrix, seat, defence)
-        unknown = tuple(s.attack for s in found if s.status in ("failed", "missing"))
+        unknown = tuple(s.attack for s in found if s.status in UNKNOWN)
         blocked = sum(s.status == "blocked" for s in found)
         worst = strongest(found)
         ranks.append(Rank(defence, worst, unknown, blocked, len(found), prices[defence]))

@@ -47,6 +47,11 @@ class Record:
         return tuple(d["name"] for d in self.plan["defences"])
 
     @property
+    def choices(self) -> tuple[str, ...]:
+        """The defences among which to choose: a column that is there to prove something is none."""
+        return tuple(d["name"] for d in self.plan["defences"] if not d.get("proves"))
+
+    @property
     def attacks(self) -> tuple[str, ...]:
         return tuple(a["name"] for a in self.plan["attacks"])
 

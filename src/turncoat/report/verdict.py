@@ -13,6 +13,7 @@ from turncoat.report.record import Record, read
 
 NO_PROOF = "that is no proof of safety"
 NOT_TRIED = "not tried"  # how the reason of a blocked cell begins that nothing but a wish blocks
+UNKNOWN = ("failed", "missing", "unplayed")
 EQUALLY_GOOD = 0.02  # of success: below it, two defences are told apart by what they cost
 
 Matrix = Mapping[tuple[str, str, str], Square]
@@ -25,7 +26,8 @@ class Verdict:
     Attributes:
         who: The seat in words.
         state: Of the federation as it is: ``"open"`` if an attack beats its baseline, ``"held"``
-            if none does, ``"blocked"`` if none can be mounted, ``"failed"`` or ``"missing"``.
+            if none does, ``"blocked"`` if none can be mounted, ``"failed"``, ``"missing"`` if
+            none ran yet, or ``"untried"`` if none was asked for.
         finding: The strongest attack on the federation as it is, in a sentence.
         remedy: What the best defence tested leaves of it, and what that costs; may be empty.
         strongest: That attack's square, if any was scored.
@@ -67,7 +69,7 @@ def reach(record: Record, matrix: Matrix, seat: str, defence: str) -> list[Squar
     """Return what a seat can do: its own attacks, and those of others that need what it sees too.
 
     An attack that was played only at another seat stands for this one as far as that seat saw no
-    less; where it saw less, what this one can do is not known, and the square is missing.
+    less; where it saw less, what this one can do is not known, and the square is ``"unplayed"``.
     """
     own = column(matrix, seat, defence)
     known = {square.attack for square in own}
@@ -82,7 +84,8 @@ def reach(record: Record, matrix: Matrix, seat: str, defence: str) -> list[Squar
         if attack["name"] in known or not mine or not played:
             continue
         enough = [s for s in played if mine <= set(sees.get(s.seat) or ())]
-        found.append(strongest(enough) or replace(played[0], status="missing", headline=None))
+        unplayed = replace(played[0], status="unplayed", headline=None)
+        found.append(strongest(enough) or next(iter(enough), unplayed))
     return found
 
 
@@ -125,13 +128,18 @@ def _judge(record: Record, matrix: Matrix, prices: Mapping[str, Cost], seat: str
     asides += [
         f"{words.count(len(missing), 'attack')} did not run yet ({words.listed(missing)})"
     ] * bool(missing)
+    unplayed = [s.attack for s in found if s.status == "unplayed"]
+    asides += [
+        f"{words.count(len(unplayed), 'attack')} {'was' if len(unplayed) == 1 else 'were'} played "
+        f"only where less is seen ({words.listed(unplayed)})"
+    ] * bool(unplayed)
     aside = f" Not judged: {' and '.join(asides)}." if asides else ""
     untried = [s.says for s in found if s.status == "blocked" and s.says.startswith(NOT_TRIED)]
     if best is None and untried and not failed:
-        return Verdict(seat, who, "missing", f"{who}: {untried[0].rstrip('.')}.")
+        return Verdict(seat, who, "untried", f"{who}: {untried[0].rstrip('.')}.")
     if best is None:
-        if failed or missing:
-            state = "failed" if failed else "missing"
+        if failed or missing or unplayed:
+            state = "failed" if failed else "missing" if missing else "untried"
             return Verdict(seat, who, state, f"{who}: not known.{aside}")
         names = words.listed([s.attack for s in found])
         text = (
@@ -182,12 +190,14 @@ def _best_defence(
     base = record.defences[0]
     known = {
         defence: strongest(reach(record, matrix, seat, defence))
-        for defence in record.defences[1:]
-        if not any(s.status in ("failed", "missing") for s in reach(record, matrix, seat, defence))
+        for defence in record.choices[1:]
+        if not any(s.status in UNKNOWN for s in reach(record, matrix, seat, defence))
     }
     if not known:
-        if len(record.defences) == 1:
-            return None, None, "No defence was tested."
+        if len(record.choices) == 1:
+            proofs = [d for d in record.plan["defences"] if d.get("proves")]
+            shown = "".join(f" {d['name']} is none: it shows {d['proves']}." for d in proofs)
+            return None, None, f"No defence was tested.{shown}"
         return None, None, "No defence was tested to the end against all attacks at this seat."
 
     def leaves(square: Square | None) -> float:

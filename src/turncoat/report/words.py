@@ -28,9 +28,11 @@ _METRICS = {
 _PERCENT = re.compile(r"accuracy|success|rate|tpr|recall|precision")
 _VIEWS = {
     "ServerView": "of each client, by name, {}; and what it sent them",
+    "PeerView": "of each neighbour, by name, {}, relative to its own state",
+    "MixView": "its own state before and after each round",
     "BlindView": "of each client, by name, {}; not the global model",
     "AggregateView": "the global model before and after each round",
-    "ClientView": "its own data, every global model, its own training",
+    "ClientView": "its own data, every model it starts from, its own training",
     "CoalitionView": "its members' own training; others' only as stated",
     "ModelView": "the released model, all weights",
     "QueryView": "answers of the released model; queries are counted",

@@ -145,7 +145,7 @@ class Workers:
     ) -> Iterator[Done]:
         cohort = self._seats.cohort(round)
         for job in jobs:
-            envelope = Envelope(job.client, cohort, round)
+            envelope = self._seats.envelope(job.client, cohort, round)
             yield attempt(self._seats, envelope, starts[job.client], job)
 
     def _spread(
@@ -246,7 +246,7 @@ def _in_worker(share: _Share) -> list[Done]:
     here, all_done = _here, []
     here.enter(share.round)
     for start, row, job in zip(share.starts, share.rows, share.jobs, strict=True):
-        envelope = Envelope(job.client, here.cohort, share.round)
+        envelope = here.seats.envelope(job.client, here.cohort, share.round)
         done = attempt(here.seats, envelope, here.starts[start], job)
         if done.payload is not None:
             here.matrix[row] = done.payload.delta

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from torch import Generator, Tensor
 
 from turncoat.coalition import Coalition
 from turncoat.federation import Federation
+from turncoat.graphs import Neighbours, neighbours_of
 from turncoat.messages import Clear, Envelope
 from turncoat.metrics.detection import Caught
 from turncoat.randomness import Randomness, ambient
@@ -48,6 +50,21 @@ class Seats:
         """Return who takes part in a round."""
         return cohort_of(self.federation, len(self.task.clients), round, Randomness(self.seed))
 
+    @cached_property
+    def neighbours(self) -> Neighbours | None:
+        """Who hears whom; None where a server hears all."""
+        graph = self.federation.graph
+        if graph is None:
+            return None
+        return neighbours_of(graph, len(self.task.clients), Randomness(self.seed))
+
+    def envelope(self, client: int, cohort: tuple[int, ...], round: int) -> Envelope:
+        """Return as one of whom a client works: of the cohort, or of those it hears of it."""
+        if self.neighbours is not None:
+            near = {client, *self.neighbours[client]}
+            cohort = tuple(c for c in cohort if c in near)
+        return Envelope(client, cohort, round)
+
     def train(
         self, envelope: Envelope, start: Tensor, kept: Cell, *, traitor: bool
     ) -> tuple[Clear, Cell, Caught | None]:
@@ -72,6 +89,7 @@ class Seats:
                     envelope=envelope,
                     model=model,
                     start=start,
+                    public=task.public,
                     verdict=Verdict(),
                 )
             data = call(
@@ -81,6 +99,7 @@ class Seats:
                 envelope=envelope,
                 model=model,
                 start=start,
+                public=task.public,
                 verdict=verdict,
             )
             memory: Memory[Any] = Memory(dict(kept))
@@ -116,20 +135,30 @@ class Seats:
         return forged, memory.cell
 
     def dress(
-        self, payload: Clear, envelope: Envelope, kept: Cell, *, traitor: bool
+        self,
+        payload: Clear,
+        envelope: Envelope,
+        kept: Cell,
+        *,
+        traitor: bool,
+        receiver: int | None = None,
     ) -> tuple[Any, Cell]:
-        """Pass a payload through the channel; return the message and the next memory."""
+        """Pass a payload through the channel; return the message and the next memory.
+
+        Each ``receiver`` has draws of its own, None being the server: pads are used once.
+        """
         t, c = envelope.round, envelope.sender
+        here = () if receiver is None else (receiver,)
         randomness = Randomness(self.seed)
         worn = self.coalition.channel if traitor and self.coalition else None
         memory: Memory[Any] = Memory(dict(kept))
         message = call(
             worn or self.federation.channel,
             payload,
-            rng=Later(lambda: randomness.at("channel", t, c)),
+            rng=Later(lambda: randomness.at("channel", t, c, *here)),
             envelope=envelope,
             memory=memory,
-            pairwise=_pairwise(randomness, t, c),
+            pairwise=_pairwise(randomness, t, c, here),
             model=self.task.model,
         )
         return message, memory.cell
@@ -263,9 +292,11 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _pairwise(randomness: Randomness, round: int, me: int) -> Callable[[int], Generator]:
+def _pairwise(
+    randomness: Randomness, round: int, me: int, receiver: tuple[int, ...]
+) -> Callable[[int], Generator]:
     """Return what stands for key agreement: the same stream at both ends, fresh each round."""
-    return lambda peer: randomness.at("pair", round, min(me, peer), max(me, peer))
+    return lambda peer: randomness.at("pair", round, min(me, peer), max(me, peer), *receiver)
 
 
 def one_thread() -> None:

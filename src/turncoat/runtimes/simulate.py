@@ -113,7 +113,7 @@ def simulate(
     """Run rounds until ``num_rounds`` are done; only views that match ``watch`` are kept.
 
     The bits of the result depend on the seed alone: neither on ``num_processes`` nor on whether
-    the run was resumed. They do depend on the device.
+    the run was resumed. They do depend on the device. With a graph the state has a row a node.
 
     Args:
         server: What a malicious server sends instead of the federation's broadcast.
@@ -134,20 +134,40 @@ def simulate(
         check_members(coalition, len(task.clients), randomness)
     if place.type != "cpu":
         task, num_processes = task.to(place), 1
+    if federation.graph is not None:
+        _check_peers(federation, server, engine)
+        from turncoat.runtimes.gossip import Mixing  # here, for it builds on Round
     keep_memory()
     seats, views, log = Seats(federation, task, coalition, seed), list[tuple[Any, Any]](), []
     begun: Engine = Workers(seats, num_processes) if engine is None else engine(seats)
     with one_thread(), begun as workers:
+        if federation.graph is not None or state is None:
+            first = call(federation.begin, task, rng=randomness.at("begin")).to(place)
         if state is None:
-            first = call(federation.begin, task, rng=randomness.at("begin"))
-            state = State(0, first.to(place))
+            everyone = first.repeat(len(task.clients), 1)
+            state = State(0, first if federation.graph is None else everyone)
         while state.round < (num_rounds if until is None else until):
-            state, played, seen = _Round(seats, server, workers, state, watch).play()
+            if federation.graph is None:
+                state, played, seen = Round(seats, server, workers, state, watch).play()
+            else:
+                state, played, seen = Mixing(seats, first, workers, state, watch).play()
             views += seen
             log.append(played)
             if on_round is not None:
                 on_round(state, played)
     return Run(federation, task, state, tuple(views), tuple(log))
+
+
+def _check_peers(federation: Federation[Any, Any], server: Any, engine: Any) -> None:
+    """Refuse what needs a server where there is none."""
+    without = f"this federation has no server: {federation.graph!r} says who hears whom"
+    if server is not None:
+        raise ValueError(f"{server!r} is played by a server, but {without}; leave 'graph' out")
+    if engine is not None:
+        raise ValueError(
+            f"only processes of our own can play a graph, but {without}, and in Flower all go "
+            "through one: run it without --runtime, or leave 'graph' out"
+        )
 
 
 @contextmanager
@@ -168,7 +188,7 @@ def cohorts(
     return [cohort_of(federation, num_clients, t, Randomness(seed)) for t in range(num_rounds)]
 
 
-class _Round:
+class Round:
     """One round: broadcast, prepare, train, forge, dress, aggregate."""
 
     def __init__(

@@ -203,8 +203,7 @@ class _MeanOfFour(nn.Module):
         columns = torch.arange(width)
         half = width // 2
         mean = 0.25 * (columns[:, None] // 2 == torch.arange(half)).float()
-        self.mean: Tensor
-        self.register_buffer("mean", mean.repeat(2, 1), persistent=False)
+        self.mean = mean.repeat(2, 1)  # no buffer: it is no part of the state
 
     def forward(self, x: Tensor) -> Tensor:
         height = x.shape[-2] // 2

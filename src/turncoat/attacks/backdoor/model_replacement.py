@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Generator, Tensor
 
+from turncoat.attacks.backdoor.planted import Backdoored
 from turncoat.attacks.backdoor.triggers import Trigger
 from turncoat.messages import Envelope, Update
 from turncoat.stage import Train, call
@@ -57,7 +57,7 @@ class ModelReplacement:
         envelope: Envelope,
         **offers: Any,
     ) -> Update:
-        poisoned = self.poisoned(data, rng)
+        poisoned = self.poisoned(data, rng, envelope)
         trained: Update = call(
             self.inner, model, start, poisoned, rng=rng, envelope=envelope, **offers
         )
@@ -65,13 +65,9 @@ class ModelReplacement:
         weight = float(len(data[1])) if self.claimed_weight is None else self.claimed_weight
         return replace(trained, delta=trained.delta * boost, weight=weight)
 
-    def poisoned(self, data: Batch, rng: Generator) -> Batch:
+    def poisoned(self, data: Batch, rng: Generator, envelope: Envelope | None = None) -> Batch:
         """Return the attacker's records, and behind them triggered ones that say ``target``."""
-        inputs, labels = data
-        others = (labels != self.target).nonzero().flatten()
-        order = torch.randperm(len(others), generator=rng).to(labels.device)
-        chosen = others[order[: round(self.poison_fraction * len(labels))]]
-        return (
-            torch.cat([inputs, self.trigger(inputs[chosen])]),
-            torch.cat([labels, torch.full_like(labels[chosen], self.target)]),
+        plants = Backdoored(
+            trigger=self.trigger, target=self.target, share=self.poison_fraction, anew=True
         )
+        return plants(data, rng=rng, envelope=envelope or Envelope(0, (0,), 0))

@@ -8,19 +8,24 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
+from turncoat.attacks.backdoor.planted import spread
 from turncoat.task import Batch, Model
 from turncoat.validate import at_least, fraction
 
 
 @dataclass(frozen=True)
 class LabelFlip:
-    """Call records of one class another [1]_. Worn at prepare.
+    """Call records of one class another [1]_. Worn at prepare, or at supply.
+
+    The paper's other knobs are the coalition's and the server's: how many lie is ``members``, when
+    they do is ``acts``, and how often they are found is ``Availability`` at sample.
 
     Args:
         source: The class whose labels lie, or None for all.
         target: What they say: one class, ``"next"`` (the one after, cyclically) or ``"random"``
             (any other class, drawn anew each round).
         share: The part of such records that is touched.
+        anew: Whether these are drawn anew each round; if not they are the same ones throughout.
 
     .. [1] Tolpegin et al., ESORICS 2020. https://arxiv.org/abs/2007.08432
     """
@@ -28,6 +33,7 @@ class LabelFlip:
     source: int | None = None
     target: int | Literal["next", "random"] = "next"
     share: float = 1.0
+    anew: bool = True
 
     def __post_init__(self) -> None:
         at_least(0, self, source=self.source)
@@ -55,8 +61,13 @@ class LabelFlip:
                 )
         touched = (torch.rand(len(labels), generator=rng) < self.share).to(labels.device)
         steps = torch.randint(1, num_classes, (len(labels),), generator=rng).to(labels.device)
-        if self.source is not None:
-            touched &= labels == self.source
+        able = torch.ones_like(touched) if self.source is None else labels == self.source
+        if self.anew:
+            touched &= able
+        else:
+            where = able.nonzero().flatten()
+            touched = torch.zeros_like(able)
+            touched[spread(where, round(self.share * len(where)))] = True
         if isinstance(self.target, int):
             lies = torch.full_like(labels, self.target)
         else:

@@ -63,7 +63,7 @@ def on_ray(
 ) -> Run:
     """Run what ``simulate`` runs in Flower's simulation, by ``num_processes`` workers of Ray."""
     hush()
-    with _shut_in():
+    with shut_in():
         return _on_ray(federation, task, num_processes, options)
 
 
@@ -96,14 +96,16 @@ def _on_ray(
             len(task.clients),
             backend_config={
                 "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-                "init_args": {"num_cpus": num_processes},
+                # "local": never the cluster that happens to run here, which is not shut in
+                "init_args": {"address": "local", "num_cpus": num_processes},
             },
         )
     return runs[0]
 
 
 @contextmanager
-def _shut_in() -> Iterator[None]:
+def shut_in() -> Iterator[None]:
+    """Keep what Ray starts meanwhile on this machine."""
     before = {name: os.environ.get(name) for name in _SHUT_IN}
     os.environ.update(_SHUT_IN)
     try:

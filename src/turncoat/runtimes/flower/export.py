@@ -40,6 +40,7 @@ clientapp = "{package}.client_app:app"
 
 # What `flwr run --run-config` may set: the names of the file's tables; 0 rounds: as the file says;
 # set = "key.of.a.table=value; ..." overrides keys of the file; out is the server's folder.
+# In a simulation say how many nodes: flwr run ... --federation-config 'num-supernodes={clients}'
 [tool.flwr.app.config]
 {config}
 """
@@ -84,6 +85,7 @@ def export(file: Path, folder: Path) -> list[Path]:
             name=re.sub(r"[^a-z0-9]+", "-", file.stem.lower()).strip("-") or "federation",
             title=json.dumps(audit.title),
             version=__version__,
+            clients=len(audit.task.clients),
             package=_PACKAGE,
             config="\n".join(f"{k} = {json.dumps(v)}" for k, v in active.items()),
         )

@@ -5,111 +5,137 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from turncoat.messages import Clear, rows
+from turncoat.columns import filled
+from turncoat.messages import Clear
+from turncoat.stage import Verdict
+from turncoat.stages.aggregate.coordinatewise import refuse_fewer
+from turncoat.stages.aggregate.distances import measured
 from turncoat.validate import at_least
-
-_COLUMNS = 4096  # of the matrix at a time: a block of a hundred clients stays in the cache
 
 
 @dataclass(frozen=True)
 class Krum:
     """The update with the smallest sum of squared distances to its ``n - f - 2`` nearest [1]_.
 
-    Needs n >= 2f + 3. Claimed weights are ignored.
+    Needs n >= 2f + 3. Claimed weights are ignored. Of two that score alike, the one nearer to all
+    is chosen; a message that is not finite counts as 0.
 
     Args:
         num_byzantine: How many forged messages to withstand: f.
+        num_neighbours: None for n - f - 2. Others sum n - f - 1.
 
     .. [1] Blanchard et al., NeurIPS 2017, section 4. https://arxiv.org/abs/1703.02757
     """
 
     num_byzantine: int
+    num_neighbours: int | None = None
 
     def __post_init__(self) -> None:
         at_least(0, self, num_byzantine=self.num_byzantine)
+        at_least(1, self, num_neighbours=self.num_neighbours)
 
     def check_cohort(self, num_messages: int) -> None:
         """Refuse a round of too few."""
-        _check_cohort(self, num_messages, self.num_byzantine)
+        _check_cohort(self, num_messages, self.num_byzantine, self.num_neighbours)
 
     def __call__(self, messages: Sequence[Clear]) -> Tensor:
-        self.check_cohort(len(messages))
-        matrix = rows(messages)
-        return matrix[int(scores(matrix, self.num_byzantine).argmin())].clone()
+        n, f = len(messages), self.num_byzantine
+        self.check_cohort(n)
+        matrix, squared = measured(messages)
+        return matrix[ranked(squared, self.num_neighbours or n - f - 2)[0]].clone()
 
 
 @dataclass(frozen=True)
 class MultiKrum:
     """The mean of the ``num_selected`` updates that Krum likes best [1]_.
 
-    Needs n >= 2f + 3. Claimed weights are ignored.
+    Needs n >= 2f + 3. Claimed weights are ignored; a message that is not finite counts as 0. Those
+    left out are flagged.
 
     Args:
         num_byzantine: How many forged messages to withstand: f.
-        num_selected: None for n - f, as many as are honest.
+        num_selected: None for n - f, as many as are honest; ``rescored``, for n - 2f - 2.
+        num_neighbours: None for n - f - 2. Others sum n - f - 1.
+        rescored: Whether one is chosen at a time, and the rest score anew without it, as in the
+            code of Shejwalkar and Houmansadr [2]_.
 
     .. [1] Blanchard et al., NeurIPS 2017, section 5. https://arxiv.org/abs/1703.02757
+    .. [2] Shejwalkar and Houmansadr, NDSS 2021.
+       https://www.ndss-symposium.org/ndss-paper/manipulating-the-byzantine/
     """
 
     num_byzantine: int
     num_selected: int | None = None
+    num_neighbours: int | None = None
+    rescored: bool = False
 
     def __post_init__(self) -> None:
         at_least(0, self, num_byzantine=self.num_byzantine)
-        at_least(1, self, num_selected=self.num_selected)
+        at_least(1, self, num_selected=self.num_selected, num_neighbours=self.num_neighbours)
+        if self.rescored and self.num_neighbours is not None:
+            raise ValueError(
+                f"{self!r}: num_neighbours must be None, for it falls as the rest are rescored"
+            )
 
     def check_cohort(self, num_messages: int) -> None:
         """Refuse a round of too few."""
         n, f = num_messages, self.num_byzantine
-        _check_cohort(self, n, f)
+        _check_cohort(self, n, f, self.num_neighbours)
         if self.num_selected is not None and self.num_selected > n - f:
             raise ValueError(
                 f"{self!r} trusts {self.num_selected} messages; of a cohort of {n}, {n - f} are "
                 "honest (n - f): lower num_selected or sample more clients"
             )
 
-    def __call__(self, messages: Sequence[Clear]) -> Tensor:
+    def __call__(self, messages: Sequence[Clear], *, verdict: Verdict | None = None) -> Tensor:
         n, f = len(messages), self.num_byzantine
         self.check_cohort(n)
-        selected = n - f if self.num_selected is None else self.num_selected
-        matrix = rows(messages)
-        best = scores(matrix, f).argsort(stable=True)[:selected]
-        share = torch.zeros(n, dtype=matrix.dtype)
-        share[best] = 1 / selected
-        mean: Tensor = share.to(matrix.device) @ matrix  # gathers no rows: a copy of most of it
-        return mean
+        matrix, squared = measured(messages)
+        if self.rescored:
+            best = picked(squared, f, self.num_selected or n - 2 * f - 2)
+        else:
+            best = ranked(squared, self.num_neighbours or n - f - 2)[: self.num_selected or n - f]
+        if verdict is not None:
+            verdict.flag(set(range(n)) - set(best))
+        share = matrix.new_zeros(n)
+        share[best] = 1 / len(best)  # gathers no rows: that would be a copy of most of the matrix
+        return filled(torch.empty_like(matrix[0]), lambda where: share @ matrix[:, where], 1 << 15)
 
 
-def scores(matrix: Tensor, num_byzantine: int) -> Tensor:
-    """Return Krum's score of each row. Shape: ``(n,)``, float64, on the CPU."""
-    others = squared_distances(matrix).fill_diagonal_(torch.inf)
-    kept = len(matrix) - num_byzantine - 2
-    return others.topk(kept, largest=False).values.sum(dim=1)
+def scores(squared: Tensor, num_neighbours: int) -> Tensor:
+    """Return each row's sum of squared distances to its nearest others. Shape: ``(n,)``.
 
-
-def squared_distances(matrix: Tensor) -> Tensor:
-    """Return the squared Euclidean distances of the rows. Shape: ``(n, n)``, float64, on the CPU.
-
-    Differences are taken before they are squared, in float64: updates that differ by a millionth
-    of their length, beside forged ones of any length, keep their order. The faster
-    ``|a|^2 - 2ab + |b|^2`` does not.
+    Args:
+        squared: The squared distances of all. Shape: ``(n, n)``.
     """
-    n = len(matrix)
-    above = torch.zeros(n * (n - 1) // 2, dtype=torch.float64, device=matrix.device)
-    for block in torch.split(matrix, _COLUMNS, dim=1):
-        above += torch.pdist(block.double()).square()
-    square = torch.zeros(n, n, dtype=torch.float64)
-    i, j = torch.triu_indices(n, n, offset=1)
-    square[i, j] = square[j, i] = above.cpu()
-    return square
+    others = squared.clone().fill_diagonal_(torch.inf)
+    return others.topk(num_neighbours, largest=False).values.sum(dim=1)
 
 
-def _check_cohort(rule: object, n: int, f: int) -> None:
-    if n < 2 * f + 3:
-        raise ValueError(
-            f"{rule!r} needs at least {2 * f + 3} messages (2f + 3); the cohort has {n}: "
-            "lower num_byzantine or sample more clients"
-        )
+def ranked(squared: Tensor, num_neighbours: int) -> list[int]:
+    """Return the rows from the best score to the worst; of equals, first the nearest to all."""
+    order = np.lexsort((squared.sum(dim=1).numpy(), scores(squared, num_neighbours).numpy()))
+    return [int(i) for i in order]
+
+
+def picked(squared: Tensor, num_byzantine: int, num_picked: int) -> list[int]:
+    """Return the rows that Krum chooses one after another, each time among the rest.
+
+    Of the last few, at least one neighbour counts.
+    """
+    left, chosen = list(range(len(squared))), list[int]()
+    while len(chosen) < num_picked:
+        few = min(max(len(left) - num_byzantine - 2, 1), len(left) - 1)
+        chosen.append(left.pop(ranked(squared[left][:, left], few)[0]))
+    return chosen
+
+
+def _check_cohort(rule: object, n: int, f: int, num_neighbours: int | None) -> None:
+    refuse_fewer(rule, n, 2 * f + 3, "2f + 3", "lower num_byzantine")
+    if num_neighbours is not None:
+        least = num_neighbours + 1
+        refuse_fewer(rule, n, least, "num_neighbours + 1", "lower num_neighbours")

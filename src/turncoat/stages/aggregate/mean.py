@@ -37,6 +37,8 @@ class Mean:
     def __call__(self, messages: Iterable[Summable]) -> Tensor | Summable:
         parts: Iterator[Any] = iter(messages)
         judged = list(islice(parts, _JUDGED))
+        if not judged:
+            raise ValueError(f"{self!r} needs at least 1 message; the cohort has 0: sample more")
         every = chain(judged, parts)
         if isinstance(judged[0], Clear):
             cap = self.max_weight_ratio * median(m.weight for m in judged)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, replace
+from math import isfinite
 from statistics import median
 from typing import Any
 
@@ -12,12 +13,15 @@ from torch import Tensor
 
 from turncoat.messages import Clear
 from turncoat.stage import Aggregate, call, streams
+from turncoat.stages.aggregate.geometry import length
 from turncoat.validate import exactly_one, positive
 
 
 @dataclass(frozen=True)
 class NormBound:
     """Shorten every update to the same radius at most, then do as ``inner`` [1]_.
+
+    A message that is not finite counts as 0.
 
     Args:
         max_norm: The radius; acts on each client apart, so a guarantee upstream survives.
@@ -43,16 +47,15 @@ class NormBound:
         radius = self.max_norm
         if self.ratio is not None:
             messages = list(messages)
-            radius = self.ratio * median(_norm(m) for m in messages)
+            norms = [norm for m in messages if isfinite(norm := length(m.delta))]
+            radius = self.ratio * median(norms or [0.0])
         short = (_shortened(m, radius or 0.0) for m in messages)
         step: Tensor = call(self.inner, short if streams(self.inner) else list(short), **offers)
         return step
 
 
 def _shortened(message: Clear, radius: float) -> Clear:
-    norm = _norm(message)
+    norm = length(message.delta)
+    if not isfinite(norm):
+        return replace(message, delta=torch.zeros_like(message.delta))
     return message if norm <= radius else replace(message, delta=message.delta * (radius / norm))
-
-
-def _norm(message: Clear) -> float:
-    return float(torch.linalg.vector_norm(message.delta, dtype=torch.float64))
