@@ -33,10 +33,10 @@ from torch import Tensor
 
 from benchmarks.federation import AGGREGATION, PAGE, ROOT, load, machine
 from turncoat.columns import num_cores
-from turncoat.messages import Update
+from turncoat.messages import Clear, Update
 from turncoat.parts import PARTS
 from turncoat.randomness import Randomness
-from turncoat.stage import Memory, Trace, Verdict, asks, call, code_of
+from turncoat.stage import Memory, Trace, Verdict, asks, call
 from turncoat.stages.aggregate.arc import ARC
 from turncoat.stages.aggregate.bucketing import Bucketing
 from turncoat.stages.aggregate.bulyan import Bulyan
@@ -109,10 +109,13 @@ _IN_FLOWER: dict[str, Callable[[Any, Any, int], Any]] = {
 }
 
 
+_GIVEN = {"num_byzantine": 1, "num_trimmed": 1, "inner": Mean(), "max_norm": 1.0}
+
+
 class _First:
     """The rule inside a pre-aggregation: takes no time."""
 
-    def __call__(self, messages: Sequence[Update]) -> Tensor:
+    def __call__(self, messages: Sequence[Clear], *_: Any, **__: Any) -> Tensor:
         return messages[0].delta
 
 
@@ -125,12 +128,11 @@ def others() -> dict[str, Callable[[int], Any]]:
         if ".aggregate." not in module or module.endswith("optimisers") or called in known:
             continue
         cls = getattr(importlib.import_module(module), called)
-        values = {"num_byzantine": 1, "num_trimmed": 1, "inner": Mean(), "max_norm": 1.0}
         due = [x.name for x in fields(cls) if x.default is MISSING and x.default_factory is MISSING]
-        if set(due) <= set(values) and not asks(cls.__call__)[0] & {"model", "public"}:
+        if set(due) <= set(_GIVEN) and not asks(cls.__call__)[0] & {"model", "public"}:
 
             def make(f: int, cls: Any = cls, due: Sequence[str] = due) -> Any:
-                return cls(**{k: f if k.startswith("num_") else values[k] for k in due})
+                return cls(**{k: f if k.startswith("num_") else _GIVEN[k] for k in due})
 
             with suppress(ValueError, TypeError):
                 make(1)
@@ -140,6 +142,8 @@ def others() -> dict[str, Callable[[int], Any]]:
 
 def of_byzfl() -> Any:
     """Return byzfl's aggregators, without its federations, which import torchvision."""
+    if "byzfl.aggregators" in sys.modules:
+        return sys.modules["byzfl.aggregators"]
     spec = importlib.util.find_spec("byzfl")
     if spec is None:
         raise ImportError(f"pip install --no-deps {BYZFL}")
@@ -189,9 +193,10 @@ def absent(library: str, rule: str, n: int, d: int, f: int) -> str | None:
 
 @dataclass(frozen=True)
 class Call:
-    """What one call took, and beyond what its process held before."""
+    """What one call took: on the clock, on the cores, and beyond what its process held before."""
 
     seconds: float
+    core_seconds: float
     peak_bytes: int | None
 
 
@@ -230,7 +235,7 @@ def _serve(library: str, rule: str, file: Path, n: int, d: int, f: int, pipe: Co
     matrix.sum()  # from here on it is in memory
     try:
         if library == READ:
-            made = [matrix.sum, lambda: matrix @ matrix.T]
+            made: list[Callable[[], Any]] = [lambda: matrix.sum(), lambda: matrix @ matrix.T]
         else:
             made = [prepared(library, rule, matrix, f)]
     except Exception as error:
@@ -249,11 +254,11 @@ def _serve(library: str, rule: str, file: Path, n: int, d: int, f: int, pipe: Co
 
 def _timed(one: Callable[[], Any]) -> Call:
     held = _reset_peak()
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     answer = one()
-    seconds = time.perf_counter() - began
+    seconds, core_seconds = time.perf_counter() - began, time.process_time() - worked
     del answer
-    return Call(seconds, None if held is None else max(_status("VmHWM") - held, 0))
+    return Call(seconds, core_seconds, None if held is None else max(_status("VmHWM") - held, 0))
 
 
 def _reset_peak() -> int | None:
@@ -287,6 +292,16 @@ class Row:
             return None
         pairs = zip(self.calls[OURS], self.calls[of], strict=True)
         return median(ours.seconds / theirs.seconds for ours, theirs in pairs)
+
+    def work(self, of: str) -> float | None:
+        """Return our core-seconds over those of another, at their best."""
+        if of == PEERS:
+            ratios = [r for p in (NUMPY, TORCH, FLOWER) if (r := self.work(p)) is not None]
+            return max(ratios, default=None)
+        if of not in self.calls or OURS not in self.calls:
+            return None
+        best = [min(c.core_seconds for c in self.calls[name]) for name in (OURS, of)]
+        return best[0] / best[1] if best[1] else None
 
     def milliseconds(self, name: str) -> float:
         return 1e3 * median(c.seconds for c in self.calls[name])
@@ -370,8 +385,12 @@ def promises(rows: Sequence[Row], n: int, d: int) -> list[str]:
                 verdict = "met" if ratio <= target.most else "missed"
                 lines.append(
                     f"- {row.rule}: {ratio:.3f} times {target.of}; at most {target.most:.3f} is "
-                    f"promised: {verdict}."
+                    f"promised: {verdict}. By core-seconds it is {row.work(target.of) or 0:.3f}."
                 )
+    for row in rows if (n, d) == PROMISED_AT else ():
+        peaks = [c.peak_bytes for c in row.calls.get(OURS, ()) if c.peak_bytes is not None]
+        if peaks and max(peaks) > MOST_MEMORY * n * d * 4:
+            lines.append(f"- {row.rule}: more memory than the promised {MOST_MEMORY} matrices.")
     return lines
 
 
@@ -413,7 +432,8 @@ bench` prints these tables; `python -m benchmarks.aggregation --write` puts them
 
 Every contender has a process of its own and as many threads as there are cores; all read one matrix
 of noise in shared memory, and take turns, as do *one read of the matrix* (its sum) and *one Gram
-product* (in float32, by torch). Ratios are medians of the ratios within a turn.
+product* (in float32, by torch). Ratios are medians of the ratios within a turn; core-seconds, those
+of all threads of the best call, change least on a busy machine.
 """
 
 

@@ -7,7 +7,7 @@ from importlib import import_module
 
 from papers.ledger import main
 
-LEDGERS = ("foundation",)
+LEDGERS = ("foundation", "poisoning")
 
 
 if __name__ == "__main__":

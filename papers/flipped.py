@@ -26,7 +26,8 @@ class SourceClassUnderFlips:
 
     Attributes:
         shares: Of the clients that relabel, the lowest numbers first; the split is random.
-        analysis: The detector, around the mean, of which precision, recall and F1 are told.
+        analysis: The detector, around the mean, of which precision, recall and F1 are told, from
+            the round on in which its window is half full.
     """
 
     make: Callable[..., Task]
@@ -64,11 +65,15 @@ class SourceClassUnderFlips:
 
     def _caught(self, task: Task, num: int, seed: int, row: str) -> dict[str, float | str]:
         log = self._run(task, self.analysis, num, seed).log
-        caught = sum((p.clients for p in log if p.clients is not None), Caught())
+        after = self.analysis.first_round + self.analysis.window // 2
+        judged = (p.clients for p in log if p.round >= after and p.clients is not None)
+        caught = sum(judged, Caught())
         told = {m.name: m.value for m in caught.measured("flagged")}
         found: dict[str, float | str] = {}
         for name in ("precision", "recall", "f1"):
-            found[f"flagged clients, all rounds: {row} | {name}"] = told.get(f"flagged_{name}", 0.0)
+            found[f"flagged clients, settled rounds: {row} | {name}"] = told.get(
+                f"flagged_{name}", 0.0
+            )
         return found
 
     def _run(self, task: Task, rule: Any, num_malicious: int, seed: int) -> Run:

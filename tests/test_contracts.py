@@ -70,8 +70,11 @@ from turncoat.messages import Clear, Update, rows
 from turncoat.parts import PARTS
 from turncoat.randomness import Randomness
 from turncoat.stage import PLACES, Aggregate, Memory, Prepare, Train, call, stands
+from turncoat.stages.aggregate.arc import ARC
+from turncoat.stages.aggregate.bucketing import Bucketing
+from turncoat.stages.aggregate.bulyan import Bulyan
 from turncoat.stages.aggregate.centred_clipping import CentredClipping
-from turncoat.stages.aggregate.coordinatewise import Median, TrimmedMean
+from turncoat.stages.aggregate.coordinatewise import MeaMed, Median, TrimmedMean
 from turncoat.stages.aggregate.crfl import CRFL
 from turncoat.stages.aggregate.diameter import MDA, MoNNA
 from turncoat.stages.aggregate.dnc import DnC
@@ -83,6 +86,7 @@ from turncoat.stages.aggregate.foolsgold import FoolsGold
 from turncoat.stages.aggregate.geometric_median import GeometricMedian
 from turncoat.stages.aggregate.krum import Krum, MultiKrum
 from turncoat.stages.aggregate.mean import Mean
+from turncoat.stages.aggregate.nearest_neighbour_mixing import NNM
 from turncoat.stages.aggregate.norm_bound import NormBound
 from turncoat.stages.aggregate.optimisers import ServerAdam, ServerMomentum, ServerSGD
 from turncoat.stages.aggregate.robust_lr import RobustLR
@@ -207,6 +211,11 @@ STAGES = {
     "mean": cited(Mean(), {"max_weight_ratio": 0.0}),
     "median": cited(Median()),
     "trimmed-mean": cited(TrimmedMean(2), {"num_trimmed": -1}),
+    "mea-med": cited(MeaMed(2), {"num_byzantine": -1}),
+    "bulyan": cited(Bulyan(1), {"num_byzantine": -1}, {"num_selected": 0}),
+    "nnm": cited(NNM(Median(), 2), {"num_byzantine": -1}),
+    "bucketing": cited(Bucketing(Median(), 2), {"size": 0}),
+    "arc": cited(ARC(Median(), 2), {"num_byzantine": -1}),
     "krum": cited(Krum(2), {"num_byzantine": -1}),
     "multi-krum": cited(MultiKrum(2, 3), {"num_byzantine": -1}, {"num_selected": 0}),
     "geometric-median": cited(GeometricMedian(), {"max_iterations": 0}),

@@ -59,9 +59,11 @@ from turncoat.flower import (
     Watched,
     check,
 )
+from turncoat.messages import Update
 from turncoat.stages.aggregate.coordinatewise import Median
+from turncoat.stages.aggregate.distances import measured
 from turncoat.stages.aggregate.krum import Krum as OurKrum
-from turncoat.stages.aggregate.krum import scores
+from turncoat.stages.aggregate.krum import ranked
 from turncoat.stages.aggregate.mean import Mean
 
 logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -136,7 +138,7 @@ def main_that_nests(grid: Grid, context: Context) -> None:
 
 def test_a_rule_of_ours_in_the_source_is_tried_on_the_cohort() -> None:
     found = check(served(main_that_nests), client(), num_nodes=10, connection=TLS)
-    assert told(found, "Krum(num_byzantine=2) needs at least 7", "has 5") is Severity.DANGER
+    assert told(found, "Krum(num_byzantine=2", "needs at least 7", "has 5") is Severity.DANGER
     assert told(found, "num-examples") is None
     assert not check(served(main_that_nests), client(), num_nodes=14, connection=TLS)
 
@@ -413,6 +415,6 @@ def test_multikrum_in_float64_leaves_out_what_flowers_in_float32_may_keep() -> N
     kept = select_multikrum([RecordDict({"arrays": c["arrays"]}) for c in contents], 6, 10)
     flowers = [next(i for i, c in enumerate(contents) if c["arrays"] is k["arrays"]) for k in kept]
     deltas = torch.from_numpy(sent.astype(np.float64) - start).float()
-    ours = scores(deltas, 6).argsort()[:10].tolist()
+    ours = ranked(measured([Update(row, 1.0) for row in deltas])[1], 20 - 6 - 2)[:10]
     print(f"of 6 forgers Flower's kept {sum(i >= 14 for i in flowers)}, ours 0")
     assert max(ours) < 14

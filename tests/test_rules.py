@@ -484,7 +484,15 @@ def test_rules_agree_with_flower() -> None:
         np.testing.assert_allclose(rule(updates(matrix)).numpy(), expected[0], rtol=1e-5, atol=1e-6)
 
 
-FEW = [[1, 5, 2.5], [2, 4, 1], [0, 6, 3], [3, 3, 9], [1, 4, 4], [2, 7, 0], [40, -50, 60]]
+FEW: list[list[float]] = [
+    [1, 5, 2.5],
+    [2, 4, 1],
+    [0, 6, 3],
+    [3, 3, 9],
+    [1, 4, 4],
+    [2, 7, 0],
+    [40, -50, 60],
+]
 MIXED = [[1.5, 29 / 6, 3.25]] * 6 + [[47 / 6, -14 / 3, 13.25]]
 GOLDEN: list[tuple[Any, list[float]]] = [
     (Median(), [2, 4, 3]),
@@ -507,7 +515,7 @@ def test_pre_aggregations_give_what_byzfl_gave() -> None:
     NNM(Looking(mixed), 1)(updates(matrix))
     np.testing.assert_allclose(torch.stack([m.delta for m in mixed]), MIXED, rtol=1e-6)
     ARC(Looking(clipped), 1)(updates(matrix))
-    expected = [*map(list[float], FEW[:6]), [4.535573676, -5.669467095, 6.803360514]]
+    expected: list[list[float]] = [*FEW[:6], [4.535573676, -5.669467095, 6.803360514]]
     np.testing.assert_allclose(torch.stack([m.delta for m in clipped]), expected, rtol=1e-6)
 
 

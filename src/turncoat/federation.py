@@ -113,6 +113,8 @@ class FractionSample:
 class Untouched:
     """Use the data as they are."""
 
+    keeps_records = True  # what it gives of a record depends on no other: ε for each holds
+
     def __call__(self, data: Batch) -> Batch:
         return data
 

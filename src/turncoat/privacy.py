@@ -1,7 +1,8 @@
 """The federation's epsilon, composed from what its stages say of themselves.
 
 A stage that adds noise has a ``unit`` and an ``event(num_records)``: what one call costs. All that
-is downstream of it is post-processing; a wrapper around it must say that it does not mix clients.
+is downstream of it is post-processing; a wrapper around it must say that it does not mix clients,
+and what prepares the records that it keeps each of them (``keeps_records``).
 """
 
 from __future__ import annotations
@@ -80,6 +81,10 @@ def guarantees(
         event = noisy.event(num_records)
         if broken is not None:
             found.append(Unproven(noisy.unit, f"{broken!r} mixes clients before {noisy!r} clips"))
+            continue
+        if noisy.unit is Unit.RECORD and not getattr(federation.prepare, "keeps_records", False):
+            chooses = f"{federation.prepare!r} chooses among the records before {noisy!r} draws"
+            found.append(Unproven(noisy.unit, chooses))
             continue
         if federation.graph is not None:
             if place == "train":

@@ -108,9 +108,9 @@ class Robust(_ByRule[Strategy], Wrapping):
         seed: Of the rules that draw.
 
     >>> from flwr.serverapp.strategy import FedAdam
-    >>> from turncoat.stages.aggregate.krum import MultiKrum
-    >>> Robust(MultiKrum(num_byzantine=3), FedAdam())
-    Robust(MultiKrum(num_byzantine=3, num_selected=None), FedAdam)
+    >>> from turncoat.stages.aggregate.coordinatewise import Median
+    >>> Robust(Median(), FedAdam())
+    Robust(Median(), FedAdam)
     """
 
 

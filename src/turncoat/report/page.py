@@ -198,7 +198,9 @@ def _footnotes(record: Record, matrix: Matrix) -> Footnotes:
                 ask = kind == "blocked" and seat and told
                 then = still_can(record, matrix, seat, defence) if ask else ""
                 if told:
-                    items = tuple((s.attack, s.says.removeprefix(f"{NOT_TRIED}, for ")) for s in told)
+                    items = tuple(
+                        (s.attack, s.says.removeprefix(f"{NOT_TRIED}, for ")) for s in told
+                    )
                     said.setdefault((seat, kind, items, then), []).append(defence)
     found = Footnotes()
     for number, ((seat, kind, items, then), behind) in enumerate(said.items(), 1):

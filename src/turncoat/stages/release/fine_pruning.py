@@ -17,7 +17,7 @@ from turncoat.validate import fraction
 
 V = TypeVar("V")
 
-_TUNING = LocalSGD(0.05, num_epochs=20, batch_size=32, momentum=0.9, weight_decay=0.01)
+_TUNING = LocalSGD(0.02, num_epochs=40, batch_size=16, momentum=0.9, weight_decay=0.01)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
