@@ -103,9 +103,9 @@ def test_secure_aggregation_with_krum_is_refused_with_both_facts_and_the_cure(
     tmp_path: Path,
 ) -> None:
     said = (
-        r"Krum\(num_byzantine=1, .*\) must read each client's update.*, but SecureAggregation\(.*\) "
-        r"gives Masked, which shows the server only the sum of the cohort: use a rule that needs "
-        r"only the sum \(mean\), or a channel that shows each \(plain\)"
+        r"Krum\(num_byzantine=1, .*\) must read each client.s update.*, but SecureAggregation\(.*"
+        r"\) gives Masked, which shows the server only the sum of the cohort: use a rule that "
+        r"needs only the sum \(mean\), or a channel that shows each \(plain\)"
     )
     with pytest.raises(ConfigError, match=said):
         stacked(tmp_path, "secagg | krum")

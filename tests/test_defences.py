@@ -1080,7 +1080,7 @@ def test_a_turned_and_boosted_update_is_survived(rule: Any) -> None:
         (FLANDERS(Mean(), num_kept=9), turned),
         (FLANDERS(Mean(), num_kept=9), noise),
     ],
-    ids=str,
+    ids=lambda part: getattr(part, "__name__", str(part)),
 )
 def test_easy_traitors_are_flagged_and_few_others(rule: Any, attack: Attack) -> None:
     caught = played(rule, attack, num_rounds=12)[2]

@@ -674,7 +674,7 @@ def test_a_federation_tells_a_coalition_that_it_lacks_the_rule() -> None:
         (FangTrimmedMean(), lambda mean, bad: 2 * mean - bad, TrimmedMean(3)),  # the wrong side
         (MinSum("sign"), lambda mean, bad: mean + (bad - mean).abs(), MultiKrum(3)),  # no signs
     ],
-    ids=repr,
+    ids=lambda part: getattr(part, "__name__", repr(part)),
 )
 def test_an_attack_without_its_sharp_end_leads_less_far_astray(
     whole: Any, crippled: Callable[[Tensor, Tensor], Tensor], rule: Any
