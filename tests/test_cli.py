@@ -132,8 +132,8 @@ BAD: dict[str, tuple[list[tuple[str, str]], str]] = {
     "a coalition of everyone": ([("[0]", "[0, 1, 2, 3, 4, 5]")], "is everyone: 6 of 6 clients"),
     "num_byzantine too large": (
         [KRUM, ("num_byzantine = 1", "num_byzantine = 2")],
-        "[defence.krum]: Krum(num_byzantine=2, num_neighbours=None) needs at least 7 messages (2f + 3); the cohort has "
-        "6: lower num_byzantine or sample more clients",
+        "[defence.krum]: Krum(num_byzantine=2, num_neighbours=None) needs at least 7 messages "
+        "(2f + 3); the cohort has 6: lower num_byzantine or sample more clients",
     ),
     "a cohort too small for a rule": (
         [KRUM, ('"plain"', '"plain"\nsample = { use = "fixed-sample", num_sampled = 4 }')],
@@ -142,7 +142,8 @@ BAD: dict[str, tuple[list[tuple[str, str]], str]] = {
     "min_clients too large": ([('"plain"', '"plain"\nmin_clients = 7')], "a round has 6 at most"),
     "secure aggregation with krum": (
         [MASKED],
-        "Krum(num_byzantine=1, num_neighbours=None) must read each client's update (Clear), but SecureAggregation(",
+        "Krum(num_byzantine=1, num_neighbours=None) must read each client's update (Clear), but "
+        "SecureAggregation(",
     ),
     "a round that is not": ([ROUND_9], "is at round 9, but the rounds are 0 to 1"),
     "an attack that never acts": ([NEVER], "'flip' never happens: Once(at=9) is in none of the"),

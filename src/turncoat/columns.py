@@ -17,6 +17,8 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+_FEW = 1 << 17  # columns up to which starting threads takes longer than they save
+
 
 def by_columns(work: Callable[[slice], T], num_columns: int, width: int = 4096) -> Iterator[T]:
     """Yield what ``work`` makes of each block of columns, from left to right.
@@ -25,6 +27,10 @@ def by_columns(work: Callable[[slice], T], num_columns: int, width: int = 4096) 
     [4096, 4096, 1808]
     """
     starts = range(0, num_columns, width)
+    if num_columns <= _FEW:
+        for start in starts:
+            yield work(slice(start, min(start + width, num_columns)))
+        return
     threads = max(1, min(num_cores(), len(starts)))
     waiting: deque[Future[T]] = deque()
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:

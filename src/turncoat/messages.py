@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from turncoat.columns import by_columns, filled
-from turncoat.params import stack
+from turncoat.params import matrix_of, stack
 
-_TOGETHER = 128  # messages that are summed at once: a hundredth of the traffic of one at a time
-
+_TOGETHER = 16  # messages that are summed at once: a sixteenth of the traffic of one at a time
 _COLUMNS = 1 << 15
 
 
@@ -81,19 +80,24 @@ class Clear(Revealed):
 
     @classmethod
     def total(cls, messages: Iterable[Self]) -> Self:
-        """Return the weighted mean and the whole weight; 128 messages at a time are summed.
+        """Return the weighted mean and the whole weight; 16 messages at a time are summed.
 
         Within these in float32, of one to the next in float64, in one vector.
         """
+        whole = matrix_of([m.delta for m in messages]) if isinstance(messages, list) else None
         parts = iter(messages)
         group = list(islice(parts, _TOGETHER))
-        first, weight = group[0], 0.0
+        first, shares, weight = group[0], list[tuple[Tensor, float]](), 0.0
         total = torch.zeros_like(first.delta, dtype=torch.float64)
         while group:
             weights = [m.weight for m in group]
-            _add(total, weights, rows(group))
+            shares.append(_shares(weights, first.delta))
+            if whole is None:
+                _add(total, shares[-1:], rows(group))
             weight += sum(weights)
             group = list(islice(parts, _TOGETHER))
+        if whole is not None:
+            _add(total, shares, whole)
         mean = torch.empty_like(total, dtype=torch.float32)
         filled(mean, lambda where: total[where].div_(weight or 1.0), _COLUMNS)
         return replace(first, delta=mean, weight=weight)
@@ -128,13 +132,21 @@ class Logits(Clear):
     __slots__ = ()
 
 
-def _add(total: Tensor, weights: Sequence[float], matrix: Tensor) -> None:
-    """Add the weighted sum of some rows: of small whole numbers, exactly."""
+def _shares(weights: Sequence[float], like: Tensor) -> tuple[Tensor, float]:
+    """Return weights as shares, and what to multiply their sum by: a power of two, so exactly."""
     _, exponent = frexp(sum(weights))  # no sum in float32 exceeds the largest row
-    shares = torch.tensor([ldexp(weight, -exponent) for weight in weights]).to(matrix)
+    shares = torch.tensor([ldexp(weight, -exponent) for weight in weights]).to(like)
+    return shares, ldexp(1.0, exponent)
+
+
+def _add(total: Tensor, groups: Sequence[tuple[Tensor, float]], matrix: Tensor) -> None:
+    """Add weighted sums of the rows, ``_TOGETHER`` at a time: of small whole numbers, exactly."""
 
     def add(where: slice) -> None:
-        total[where].add_(shares @ matrix[:, where], alpha=ldexp(1.0, exponent))
+        block, sums = matrix[:, where], total[where]
+        for i, (shares, scale) in enumerate(groups):
+            some = block[i * _TOGETHER : (i + 1) * _TOGETHER]
+            sums.add_(shares @ some, alpha=scale)
 
     for _ in by_columns(add, len(total), _COLUMNS):
         pass

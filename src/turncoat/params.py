@@ -74,14 +74,20 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def stack(rows: Sequence[Tensor]) -> Tensor:
     """Return the matrix with these rows; no copy if they already are consecutive rows of one."""
+    found = matrix_of(rows)
+    return torch.stack(list(rows)) if found is None else found
+
+
+def matrix_of(rows: Sequence[Tensor]) -> Tensor | None:
+    """Return the matrix of which these are consecutive rows, without a copy; None if of none."""
     first = rows[0]
     size = first.numel()
     base = first.untyped_storage().data_ptr()
-    if not first.requires_grad and all(
+    if first.requires_grad or not all(
         r.untyped_storage().data_ptr() == base
         and r.is_contiguous()
         and r.storage_offset() == first.storage_offset() + i * size
         for i, r in enumerate(rows)
     ):
-        return first.as_strided((len(rows), size), (size, 1), first.storage_offset())
-    return torch.stack(list(rows))
+        return None
+    return first.as_strided((len(rows), size), (size, 1), first.storage_offset())

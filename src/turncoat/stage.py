@@ -284,7 +284,7 @@ def within(stage: Any) -> Iterator[Any]:
 def nested(stage: Any) -> Iterator[tuple[Any, Any]]:
     """Yield the stages held in the fields of a stage, with the annotation of the field."""
     if is_dataclass(stage) and not isinstance(stage, type):
-        hints = get_type_hints(type(stage))
+        hints = _hints(type(stage))
         for f in fields(stage):
             if (get_origin(hints[f.name]) or hints[f.name]) in PLACES:
                 yield getattr(stage, f.name), hints[f.name]

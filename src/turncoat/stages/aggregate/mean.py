@@ -43,5 +43,7 @@ class Mean:
         if isinstance(judged[0], Clear):
             cap = self.max_weight_ratio * median(m.weight for m in judged)
             every = (m if m.weight <= cap else replace(m, weight=cap) for m in every)  # type: ignore[assignment]
+            if isinstance(messages, list):
+                every = list(every)  # type: ignore[assignment]
         total = type(judged[0]).total(every)
         return total.open() if isinstance(total, Revealed) else total
