@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from turncoat.report import palette, words
 from turncoat.report.cost import costs
-from turncoat.report.page import HERE, css, emphasised, unbroken
+from turncoat.report.page import css, emphasised, templates
 from turncoat.report.pooled import squares
 from turncoat.report.ranking import Rank, ranked
 from turncoat.report.record import Record, UnreadableAudit, read
@@ -52,23 +51,18 @@ def write_overview(folder: Path) -> Path:
     if not worlds:
         raise UnreadableAudit(f"{folder} holds no variant of an audit: run `turncoat audit` on it")
     seats = dict.fromkeys(seat for world in worlds for seat in world.verdicts)
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=unbroken,
-    )
-    environment.globals.update(words=words, plural=words.count)
-    text = environment.get_template("overview.html.jinja").render(
-        title=_shared_title([str(w.record.plan["title"]) for w in worlds]),
-        css=Markup(css()),
-        worlds=worlds,
-        emphasised=emphasised,
-        seats=sorted(seats, key=words.order),
-        rows={seat: _rows(worlds, seat) for seat in seats},
-        step=lambda success: round(success * (palette.HEAT_STEPS - 1)),
+    text = (
+        templates()
+        .get_template("overview.html.jinja")
+        .render(
+            title=_shared_title([str(w.record.plan["title"]) for w in worlds]),
+            css=Markup(css()),
+            worlds=worlds,
+            emphasised=emphasised,
+            seats=sorted(seats, key=words.order),
+            rows={seat: _rows(worlds, seat) for seat in seats},
+            step=lambda success: round(success * (palette.HEAT_STEPS - 1)),
+        )
     )
     written = folder / "report.html"
     written.write_text(text, encoding="utf-8")

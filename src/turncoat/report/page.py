@@ -30,7 +30,7 @@ from turncoat.report.verdict import (
     strongest,
 )
 
-HERE = Path(__file__).parent
+_HERE = Path(__file__).parent
 _MOST_INCIDENTS = 30
 _TONES = {"void": "grave", "danger": "grave", "unknown": "mild"}
 
@@ -97,15 +97,8 @@ def _render(
     lost: Sequence[str],
     drawn: Mapping[str, Sequence[Drawing]],
 ) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=unbroken,
-    )
-    environment.globals.update(words=words, style=figures.style, plural=words.count)
+    environment = templates()
+    environment.globals["style"] = figures.style
     text = environment.get_template("page.html.jinja").render(
         record=record,
         plan=record.plan,
@@ -137,7 +130,21 @@ def _render(
     return re.sub(r"\n\s*\n+", "\n", text)
 
 
-def unbroken(value: Any) -> Any:
+def templates() -> Environment:
+    """Return what fills in a page: everything is escaped, and nothing may be missing."""
+    environment = Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_unbroken,
+    )
+    environment.globals.update(words=words, plural=words.count)
+    return environment
+
+
+def _unbroken(value: Any) -> Any:
     """Keep a figure and its unit on one line."""
     if type(value) is not str:
         return value
@@ -146,10 +153,10 @@ def unbroken(value: Any) -> Any:
 
 def emphasised(verdict: Verdict) -> Markup:
     """Return a finding with its figure in bold."""
-    text = escape(unbroken(verdict.finding))
+    text = escape(_unbroken(verdict.finding))
     if verdict.state != "open" or verdict.strongest is None or verdict.strongest.headline is None:
         return text
-    value = escape(unbroken(verdict.strongest.headline.text))
+    value = escape(_unbroken(verdict.strongest.headline.text))
     return Markup(str(text).replace(str(value), f"<strong>{value}</strong>", 1))
 
 
@@ -157,7 +164,7 @@ def css() -> str:
     def block(colours: palette.Palette) -> str:
         return "".join(f"{name}:{value};" for name, value in palette.variables(colours).items())
 
-    text = (HERE / "page.css").read_text(encoding="utf-8")
+    text = (_HERE / "page.css").read_text(encoding="utf-8")
     return text.replace("/* LIGHT */", block(palette.LIGHT)).replace(
         "/* DARK */", block(palette.DARK)
     )
