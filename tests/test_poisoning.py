@@ -399,6 +399,8 @@ def test_the_rule_is_asked_with_what_a_coalition_can_know() -> None:
     assert forged(Tailored(), view(own, honest, Curious())).shape == own.shape
     with pytest.raises(RuleUnknown, match="asks for 'public'"):
         forged(Tailored(), view(own, honest, NormBound(Rooted(), ratio=2.0)))
+    everyones = replace(view(own, honest, Rooted()), public=(torch.zeros(1), torch.zeros(1)))
+    assert forged(Tailored(), everyones).shape == own.shape
     assert len(forged(Strongest(), view(own, honest, Rooted()))) == 2  # by the panel
 
 

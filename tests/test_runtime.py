@@ -320,6 +320,13 @@ def test_a_round_with_too_few_is_an_error_that_says_so(task: Task) -> None:
         simulate(fed, task, num_rounds=1, seed=0)
 
 
+def test_without_a_least_number_a_round_of_nobody_is_aborted_and_told(task: Task) -> None:
+    fed = replace(MEAN, train=Faulty("nan", tuple(range(8))), min_clients=0)
+    run = simulate(fed, task, num_rounds=2, seed=0)
+    assert [p.aborted for p in run.log] == [True, True]
+    assert run.log[0].incidents[-1].what.startswith("nobody sent a sound message")
+
+
 def test_a_huge_claim_is_capped(task: Task) -> None:
     @dataclass(frozen=True)
     class Greedy:

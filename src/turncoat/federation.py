@@ -156,7 +156,8 @@ class Federation(Generic[P, M]):
     means at a server, where one that grew with all that was ever learnt would mean nothing.
 
     Args:
-        min_clients: A round that fewer sound messages reach (a node, in a graph) is an error.
+        min_clients: A round that fewer sound messages reach (a node, in a graph) is an error; with
+            0 a round that none reaches is aborted, and the run goes on.
         graph: Who hears whom; None for a server that hears all.
     """
 

@@ -116,6 +116,7 @@ class CoalitionView(Generic[C_co]):
         honest: The payloads of everyone else in the cohort, if they know them.
         rule: The server's rule, if they know it and it reads such payloads.
         num_clients: Size of the cohort.
+        public: Data that everyone has, if there are any.
     """
 
     round: int
@@ -125,6 +126,7 @@ class CoalitionView(Generic[C_co]):
     honest: tuple[C_co, ...] | None = field(repr=False)
     rule: Aggregate[C_co] | None
     num_clients: int
+    public: Batch | None = field(default=None, repr=False)
 
     @property
     def known(self) -> tuple[C_co, ...]:

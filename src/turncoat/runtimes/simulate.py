@@ -399,7 +399,10 @@ class Round:
         if first is None and self._was_aborted:
             return None
         if first is None and self.cohort:
-            self._too_few()
+            if federation.min_clients:
+                self._too_few()
+            self._note(None, "nobody sent a sound message: the round was aborted")
+            return None
         if first is None and not noisy:
             return None
         whole = messages if first is None else chain([first], messages)

@@ -64,6 +64,8 @@ class Rehearsal:
             "trace": Trace(),
             "verdict": Verdict(),
         }
+        if self.view.public is not None:
+            offers["public"] = self.view.public
         for stage in within(rule):
             for name in sorted(asks(code_of(stage))[0] & PLACES[Aggregate].offers - offers.keys()):
                 raise RuleUnknown(
