@@ -239,7 +239,7 @@ def test_who_interrupts_and_kills_a_node_gets_the_same_cells_and_computes_none_t
     assert len(second) < 16
     ended(
         running, Exit.DONE
-    )  # what it trained may have ended just before: the test below sees to it
+    )  # what it trained may have ended just before; the test above is of that
     last = finished(out)
     assert len(last) == 16
     assert first.items() <= second.items() <= last.items()
