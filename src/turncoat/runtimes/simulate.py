@@ -144,8 +144,8 @@ def simulate(
         if federation.graph is not None or state is None:
             first = call(federation.begin, task, rng=randomness.at("begin")).to(place)
         if state is None:
-            everyone = first.repeat(len(task.clients), 1)
-            state = State(0, first if federation.graph is None else everyone)
+            alone = federation.graph is None
+            state = State(0, first if alone else first.repeat(len(task.clients), 1))
         while state.round < (num_rounds if until is None else until):
             if federation.graph is None:
                 state, played, seen = Round(seats, server, workers, state, watch).play()
