@@ -437,7 +437,7 @@ _PEERS = Experiment(
 )
 
 _ALL = (_FLIPS, _STEALTH, *_COURSES, _CODE, *_AMOUNTS, _PEERS, *_ORDERS)
-EXPERIMENTS = tuple(replace(e, num_seeds=e.num_seeds or 3) for e in _ALL)
+EXPERIMENTS = _ALL
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -143,9 +143,11 @@ class _RayCrew:
                 yield tried.unit, result
 
     def close(self) -> None:
-        for reference in self._running:
-            with suppress(Exception):  # of a cluster that may be gone
-                self._ray.cancel(reference, force=True)
+        """Leave; Ray ends the workers of who leaves.
+
+        Nothing is cancelled: Ray aborts the process that cancels by force what ends at that moment.
+        In a session that is not ours, what is under way ends by itself.
+        """
         if self._ours:
             self._ray.shutdown()
         if hasattr(self, "_sent"):
