@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
+from torch import Tensor
+
 from turncoat.attacks.backdoor.alternating_minimisation import (
     AlternatingMinimisation,
     ExplicitBoosting,
@@ -21,6 +23,7 @@ from turncoat.runtimes.simulate import Watch, simulate
 from turncoat.stages.aggregate.mean import Mean
 from turncoat.stages.train.local import LocalSGD
 from turncoat.task import Task
+from turncoat.trial import Marked
 from turncoat.views import ModelView, ServerView
 
 
@@ -30,7 +33,8 @@ class TargetedPoisoning:
 
     Attributes:
         slack: How far a gap may exceed the largest of an honest client before a check fails.
-        num_last: The checks are told of so many last rounds: an attack settles in.
+        won: The confidence with which the attack has won. Until then, the checks ask whether it
+            could have been seen in time; what has won can go quiet.
     """
 
     make: Callable[..., Task]
@@ -42,7 +46,7 @@ class TargetedPoisoning:
     first: int
     num_rounds: int
     slack: float = 0.15
-    num_last: int = 10
+    won: float = 0.9
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, seed: int) -> dict[str, float | str]:
@@ -51,26 +55,34 @@ class TargetedPoisoning:
         found: dict[str, float | str] = {}
         attacks = {"alternating": self.alternating, "explicit_boosting": self.explicit}
         for name, attack in attacks.items():
-            params, all_checks = self._run(task, attack, seed)
-            checks = all_checks[-self.num_last :]
-            views = [ModelView(task.model, p) for p in (params, clean)]
-            game = TargetConfidence(0, self.source, self.target)
-            marked = game.mark(*views, task=task, rng=Randomness(seed).at("mark"))
-            lost = next(m for m in marked.others if m.name.endswith("_lost"))
-            found[f"{name}_target_confidence"] = marked.headline.value
+            models, all_checks = self._run(task, attack, seed)
+            marks = [self._marked(task, params, clean[-1], seed) for params in models]
+            lost = next(m for m in marks[-1].others if m.name.endswith("_lost"))
+            sure = [m.headline.value for m in marks]
+            until = next((i + 1 for i, c in enumerate(sure) if c >= self.won), len(sure))
+            found[f"{name}_target_confidence"] = sure[-1]
             found[f"{name}_points_of_accuracy_lost"] = lost.value
-            found[f"{name}_rounds_that_pass_accuracy_check"] = mean(
-                c.passes_accuracy(self.slack) for c in checks
-            )
-            found[f"{name}_rounds_that_pass_distance_check"] = mean(
-                c.passes_distances(self.slack) for c in checks
-            )
-            found[f"{name}_distance_gap"] = mean(c.distance_gap for c in checks)
-            honest = mean(max(c.honest_distance_gaps) for c in checks)
+            found[f"{name}_rounds_until_it_has_won"] = float(until)
+            for when, checks in (("until_it_has_won", all_checks[:until]), ("of_all", all_checks)):
+                rounds = f"{name}_rounds_{when}"
+                found[f"{rounds}_that_pass_accuracy_check"] = mean(
+                    c.passes_accuracy(self.slack) for c in checks
+                )
+                found[f"{rounds}_that_pass_distance_check"] = mean(
+                    c.passes_distances(self.slack) for c in checks
+                )
+            found[f"{name}_distance_gap"] = mean(c.distance_gap for c in all_checks)
+            honest = mean(max(c.honest_distance_gaps) for c in all_checks)
             found[f"{name}_largest_honest_distance_gap"] = honest
         return found | {"data": task.source}
 
-    def _run(self, task: Task, attack: Any, seed: int) -> tuple[Any, list[Stealth]]:
+    def _marked(self, task: Task, hurt: Tensor, clean: Tensor, seed: int) -> Marked:
+        views = [ModelView(task.model, params) for params in (hurt, clean)]
+        game = TargetConfidence(0, self.source, self.target)
+        return game.mark(*views, task=task, rng=Randomness(seed).at("mark"))
+
+    def _run(self, task: Task, attack: Any, seed: int) -> tuple[list[Tensor], list[Stealth]]:
+        """Return the global models after each attacked round, and what the checks said in it."""
         coalition: Coalition[Update] | None = None
         if attack is not None:
             members, acts = Clients((0,)), From(self.first)
@@ -84,9 +96,10 @@ class TargetedPoisoning:
             coalition=coalition,
             watch=[] if attack is None else [Watch(ServerView[Update], rounds)],
         )
+        views = run.seen(ServerView[Update])
         few = tuple(t[:2_000] for t in task.test)
         checks = [
             stealth(task.model, v.sent[0], v.messages, v.senders.index(0), (few[0], few[1]))
-            for v in run.seen(ServerView[Update])
+            for v in views
         ]
-        return run.state.params, checks
+        return [*(v.sent[0] for v in views[1:]), run.state.params], checks

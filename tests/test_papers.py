@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from papers import ledger
-from papers.foundation import EXPERIMENTS
+from papers import foundation, ledger, poisoning
+from papers.__main__ import LEDGERS
 from papers.ledger import Done, Expectation, Experiment, Summary, measure_all, page, record
 from turncoat.describe import fingerprint
 
@@ -181,29 +181,41 @@ def test_a_changed_package_is_said_to_be_changed(
     assert "has changed since" in page(record("toys", [e], done, num_seeds=1, failed={}))
 
 
-# the experiments of the foundation
+# the experiments that ship
 
 
-def test_every_experiment_has_a_name_of_its_own_a_description_and_a_way_to_a_worker() -> None:
-    assert len({e.name for e in EXPERIMENTS}) == len(EXPERIMENTS)
-    assert len({fingerprint(e.measure) for e in EXPERIMENTS}) == len(EXPERIMENTS)
-    for e in EXPERIMENTS:
+SHIPPED = {"foundation": foundation.EXPERIMENTS, "poisoning": poisoning.EXPERIMENTS}
+
+
+def test_every_ledger_ships() -> None:
+    assert tuple(SHIPPED) == LEDGERS
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_experiment_has_a_name_of_its_own_a_description_and_a_way_to_a_worker(
+    name: str,
+) -> None:
+    experiments = SHIPPED[name]
+    assert len({e.name for e in experiments}) == len(experiments)
+    assert len({fingerprint(e.measure) for e in experiments}) == len(experiments)
+    for e in experiments:
         assert pickle.loads(pickle.dumps(e)) == e
 
 
-def test_every_expectation_of_the_shipped_table_was_judged() -> None:
-    held = json.loads((ROOT / "papers" / "foundation.json").read_text("utf-8"))
-    asked = {(e.name, x.figure, str(x)) for e in EXPERIMENTS for x in e.expectations}
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_expectation_of_a_shipped_table_was_judged(name: str) -> None:
+    held = json.loads((ROOT / "papers" / f"{name}.json").read_text("utf-8"))
+    asked = {(e.name, x.figure, str(x)) for e in SHIPPED[name] for x in e.expectations}
     rows = held["experiments"]
     judged = {(e["name"], x["figure"], x["expected"]) for e in rows for x in e["expectations"]}
     assert judged == asked
     for e in rows:
         assert {x["figure"] for x in e["expectations"]} <= set(e["figures"])
-    assert (ROOT / "papers" / "foundation.md").read_text("utf-8") == page(held)
+    assert (ROOT / "papers" / f"{name}.md").read_text("utf-8") == page(held)
 
 
 def test_alies_z_is_measured_and_not_typed_in() -> None:
-    e = next(e for e in EXPERIMENTS if e.name == "alie-z")
+    e = next(e for e in foundation.EXPERIMENTS if e.name == "alie-z")
     figures = e.measure(0)
     for x in e.expectations:
         assert x.verdict(Summary.of([float(figures[x.figure])])) == "met"

@@ -28,11 +28,13 @@ class UpdatePCA:
     """Leave out the smaller of two groups of updates to one class's row of the last layer [1]_.
 
     Rows of this round and of the ``window`` before it are standardised and projected on their two
-    principal components. Memory: those rows. For label flipping out of a known class, by fewer than
-    half. An attack that touches other rows is not looked for.
+    principal components. Memory: those rows, and whose they are. For label flipping out of a known
+    class, by fewer than half. An attack that touches other rows is not looked for.
 
     Differs from the paper: it shows the plane to people, and decides nothing. Here 2-means makes
     two groups, and the smaller is left out if the mean silhouette is ``min_silhouette`` or more.
+    Smaller is what holds fewer *clients* (each where most of its rows are): where few are sampled,
+    a minority of the clients can be the majority of some rounds.
 
     Args:
         source: The class that is thought to be under attack.
@@ -58,7 +60,8 @@ class UpdatePCA:
         messages: Sequence[Clear],
         *,
         model: Model,
-        memory: Memory[tuple[int, tuple[Tensor, ...]]],
+        cohort: tuple[int, ...],
+        memory: Memory[tuple[int, tuple[tuple[Tensor, tuple[int, ...]], ...]]],
         verdict: Verdict,
         **offers: Any,
     ) -> Tensor:
@@ -74,13 +77,15 @@ class UpdatePCA:
         fit = _fit(messages, unfit)
         row = torch.stack([m.delta[start : start + width].cpu() for m in messages])[fit]
         num_rounds, past = memory.last((0, ()))
-        points = torch.cat([*past, row]) if self.window else row
+        heard = (*past, (row, tuple(cohort[i] for i in fit)))
         suspects: list[int] = []
         if num_rounds >= self.first_round and len(row):
-            smaller = minority(principal_plane(points), self.min_silhouette)[-len(row) :]
+            points = torch.cat([rows for rows, _ in heard])
+            clients = [client for _, theirs in heard for client in theirs]
+            smaller = minority(principal_plane(points), clients, self.min_silhouette)[-len(row) :]
             suspects = [fit[i] for i in smaller.nonzero().flatten().tolist()]
-        memory.keep((num_rounds + 1, (*past, row)[-self.window :] if self.window else ()))
-        offers |= {"model": model, "memory": memory.inner}
+        memory.keep((num_rounds + 1, heard[-self.window :] if self.window else ()))
+        offers |= {"model": model, "cohort": cohort, "memory": memory.inner}
         return hand_on(self.inner, messages, suspects, offers, unfit=unfit, verdict=verdict)
 
 
@@ -168,14 +173,21 @@ def principal_plane(points: Tensor) -> Tensor:
     return plane
 
 
-def minority(points: Tensor, min_silhouette: float) -> Tensor:
-    """Return who is in the smaller of two groups; nobody, unless they stand apart. ``(n,)``."""
+def minority(points: Tensor, clients: Sequence[int], min_silhouette: float) -> Tensor:
+    """Return what is in the group of fewer clients; nothing, unless they stand apart. ``(n,)``.
+
+    >>> points, clients = torch.tensor([[0.0], [0.1], [5.0], [5.1], [5.2]]), [1, 2, 3, 3, 3]
+    >>> minority(points, clients, 0.5).tolist()  # two points of two clients, three of one
+    [False, False, True, True, True]
+    """
     group = two_means(points)
-    smaller = group if 2 * int(group.sum()) < len(group) else ~group
-    even = 2 * int(smaller.sum()) >= len(group)
-    if even or silhouette(points, group) < min_silhouette:
+    votes: dict[int, int] = {}
+    for client, second in zip(clients, group.tolist(), strict=True):
+        votes[client] = votes.get(client, 0) + (1 if second else -1)
+    balance = sum((v > 0) - (v < 0) for v in votes.values())
+    if balance == 0 or silhouette(points, group) < min_silhouette:
         return torch.zeros_like(group)
-    return smaller
+    return group if balance < 0 else ~group
 
 
 def _fit(messages: Sequence[Clear], unfit: Sequence[int]) -> list[int]:
