@@ -107,7 +107,8 @@ class Experiment:
         claim: What the figures shall show, in a sentence.
         recipe: What was done, in words; the fields of ``measure`` are the exact form of it.
         source: Where the expectation comes from, and whether a published figure was read there.
-        num_seeds: Fewer than are asked for where nothing is random; None for all.
+        num_seeds: Fewer than are asked for, where nothing is random or a run takes too long; None
+            for all.
     """
 
     name: str
@@ -326,7 +327,8 @@ def _section(e: Mapping[str, Any]) -> Iterator[str]:
     yield f"- **Expectation.** {e['source']}"
     for name, text in e["notes"].items():
         yield f"- **{name.replace('_', ' ').capitalize()}.** {text}"
-    said = "one run, for nothing is random" if len(e["seeds"]) == 1 else f"seeds {e['seeds']}"
+    alone = len(e["seeds"]) == 1
+    said = f"seed {e['seeds'][0]} alone: no interval" if alone else f"seeds {e['seeds']}"
     yield f"- **Cost.** {_duration(e['seconds'])}, one run after the other; {said}."
     if e["older_code"]:
         yield "- **Note.** The package's text has changed since some of these runs."
