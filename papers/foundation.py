@@ -16,7 +16,7 @@ from papers.overfitted import LiRAVersusLoss
 from papers.replaced import OneShotBackdoor
 from turncoat.attacks.backdoor.model_replacement import ModelReplacement
 from turncoat.attacks.backdoor.triggers import PixelPattern
-from turncoat.attacks.inversion.inverting_gradients import InvertingGradients
+from turncoat.attacks.inversion.gradient_inversion import InvertingGradients
 from turncoat.attacks.membership.lira import LiRA
 from turncoat.stages.train.dpsgd import DPSGD
 from turncoat.stages.train.local import FedSGD, LocalSGD

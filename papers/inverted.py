@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from turncoat.attacks.inversion.inverting_gradients import InvertingGradients
+from turncoat.attacks.inversion.gradient_inversion import InvertingGradients
 from turncoat.federation import Federation, Plain
 from turncoat.games.reconstruction import Reconstruct
 from turncoat.messages import Update

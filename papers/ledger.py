@@ -327,8 +327,8 @@ def _section(e: Mapping[str, Any]) -> Iterator[str]:
     yield f"- **Expectation.** {e['source']}"
     for name, text in e["notes"].items():
         yield f"- **{name.replace('_', ' ').capitalize()}.** {text}"
-    alone = len(e["seeds"]) == 1
-    said = f"seed {e['seeds'][0]} alone: no interval" if alone else f"seeds {e['seeds']}"
+    one = len(e["seeds"]) == 1
+    said = f"seed {e['seeds'][0]} alone: no interval" if one else f"seeds {e['seeds']}"
     yield f"- **Cost.** {_duration(e['seconds'])}, one run after the other; {said}."
     if e["older_code"]:
         yield "- **Note.** The package's text has changed since some of these runs."

@@ -253,8 +253,17 @@ def _exhibits(
         guessed = np.clip(originals * min(1, 1.6 * success) + noise, 0, 1)
         labels = load_digits().target[8 * seed : 8 * seed + 8]
         mean = pictures.mean(0, keepdims=True)
-        names = ("originals", "reconstructions", "mean_image", "labels")
-        return dict(zip(names, (originals, guessed, mean, labels), strict=True))
+        likeness = -10 * np.log10(((guessed - originals) ** 2).mean(axis=(1, 2, 3)))
+        return {
+            "originals": originals,
+            "reconstructions": guessed,
+            "mean_image": mean,
+            "labels": labels,
+            "psnr": likeness,
+            "identified": (likeness > 10).astype(np.uint8),
+            "decoys": pictures[100 : 100 + len(originals)],
+            "prior_only": np.full_like(originals, 0.5),
+        }
     if family == "backdoor" and pictures is not None:
         stamped = pictures[:6].copy()
         stamped[:, :, -2:, -2:] = 1.0

@@ -19,11 +19,9 @@ from torch import Tensor, nn
 
 from turncoat.attacks.backdoor.model_replacement import ModelReplacement
 from turncoat.attacks.backdoor.triggers import PixelPattern
-from turncoat.attacks.inversion.inverting_gradients import (
-    InvertingAggregate,
-    InvertingGradients,
-    labels_of,
-)
+from turncoat.attacks.inversion.engine import Clue
+from turncoat.attacks.inversion.gradient_inversion import InvertingAggregate, InvertingGradients
+from turncoat.attacks.inversion.labels import Counts
 from turncoat.attacks.membership.lira import LiRA, confidence
 from turncoat.attacks.membership.loss_threshold import LossThreshold
 from turncoat.attacks.poisoning.alie import ALIE, largest_z
@@ -165,7 +163,7 @@ def test_the_label_of_one_example_is_read_off_exactly(which: int, lr: float) -> 
     model = Model(smooth)
     start = model.initial(RANDOM.at("begin"))
     gradient = lr * model.gradient(start, (inputs[which : which + 1], labels[which : which + 1]))
-    assert int(labels_of(model, start, gradient, digits(), 1)) == int(labels[which])
+    assert int(Counts()(Clue(model, start, -gradient, 1, digits()))) == int(labels[which])
 
 
 @settings(max_examples=15, deadline=None)
@@ -175,7 +173,7 @@ def test_the_labels_of_a_batch_are_counted_whatever_the_step(which: list[int], l
     model = Model(smooth)
     start = model.initial(RANDOM.at("begin"))
     gradient = lr * model.gradient(start, (inputs[which], labels[which]))
-    found = labels_of(model, start, gradient, digits(), len(which))
+    found = Counts()(Clue(model, start, -gradient, len(which), digits()))
     assert found.tolist() == sorted(labels[which].tolist())
 
 

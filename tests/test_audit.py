@@ -18,7 +18,7 @@ import torch
 from torch import Generator, Tensor
 
 from turncoat import audit as auditing
-from turncoat.attacks.inversion.inverting_gradients import InvertingGradients
+from turncoat.attacks.inversion.gradient_inversion import InvertingGradients
 from turncoat.attacks.membership.lira import LiRA
 from turncoat.attacks.membership.loss_threshold import LossThreshold
 from turncoat.attacks.poisoning.sign_flip import SignFlip

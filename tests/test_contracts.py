@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -29,7 +30,46 @@ from turncoat.attacks.backdoor.neurotoxin import Neurotoxin
 from turncoat.attacks.backdoor.planted import Backdoored, CleanLabel, EdgeCase, Relabelled
 from turncoat.attacks.backdoor.projected import PGDBackdoor
 from turncoat.attacks.backdoor.triggers import Blended, DistributedPattern, PixelPattern
-from turncoat.attacks.inversion.inverting_gradients import InvertingAggregate, InvertingGradients
+from turncoat.attacks.inversion.adaptive import Kept, Signs
+from turncoat.attacks.inversion.adversarial_start import AdversarialStart
+from turncoat.attacks.inversion.analytic import SPEAR, LinearLayer
+from turncoat.attacks.inversion.engine import Clue, Pixels, Recipe, Unrolled, invert
+from turncoat.attacks.inversion.gradient_inversion import (
+    DLG,
+    IDLG,
+    AggregateInversion,
+    GradientInversion,
+    InvertingAggregate,
+    InvertingGradients,
+)
+from turncoat.attacks.inversion.labels import BiasCorrected, Counts, Given, Joint, LowestEntry
+from turncoat.attacks.inversion.learned import Learned
+from turncoat.attacks.inversion.malicious import (
+    ClassFishing,
+    Fishing,
+    Imprint,
+    ModelInconsistency,
+    RobbingTheFed,
+)
+from turncoat.attacks.inversion.objectives import L1, L2, Cosine, Silent
+from turncoat.attacks.inversion.optimisers import LBFGS, Adam, SignedAdam
+from turncoat.attacks.inversion.priors import (
+    BatchNormStatistics,
+    FeaturePrior,
+    PixelNorm,
+    StylePrior,
+    TotalVariation,
+)
+from turncoat.attacks.inversion.segmentation import (
+    InvertingSegmentation,
+    JointMasks,
+    LayerCosine,
+    MeanImage,
+    Squashed,
+)
+from turncoat.attacks.inversion.starts import Constant, Uniform
+from turncoat.attacks.inversion.starts import Gaussian as GaussianStart
+from turncoat.attacks.inversion.tabular import TabLeak
 from turncoat.attacks.membership.lira import LiRA
 from turncoat.attacks.membership.loss_threshold import LossThreshold
 from turncoat.attacks.poisoning.alie import ALIE
@@ -65,6 +105,8 @@ from turncoat.games.outcomes import (
     TargetedError,
 )
 from turncoat.games.reconstruction import Reconstruct
+from turncoat.games.records import ReconstructRows
+from turncoat.games.slices import ReconstructSlices
 from turncoat.graphs import Complete, RandomRegular, Ring, StarOfStars
 from turncoat.messages import Clear, Update, rows
 from turncoat.parts import PARTS
@@ -105,9 +147,21 @@ from turncoat.stages.release.queries import Queries
 from turncoat.stages.release.smoothed import SmoothedVote
 from turncoat.stages.train.dpsgd import DPSGD
 from turncoat.stages.train.local import Clipped, FedSGD, LocalSGD
+from turncoat.stages.train.pruned import GradientPruning
+from turncoat.stages.train.quantised import Quantised
+from turncoat.stages.train.soteria import Soteria
 from turncoat.task import Batch, Model, Task
-from turncoat.tasks.models import MLP, ConvNet, LeNet5, ResNet
-from turncoat.tasks.partitions import IID, ByColumn, ClassShards, Dirichlet, UnequalSizes
+from turncoat.tasks.bundled import breast_cancer
+from turncoat.tasks.models import MLP, Built, ConvNet, LeNet5, ResNet
+from turncoat.tasks.partitions import (
+    IID,
+    ByColumn,
+    ByGroup,
+    ClassShards,
+    Dirichlet,
+    UnequalSizes,
+)
+from turncoat.tasks.segmentation import UNet, ellipses
 from turncoat.testing.contracts import (
     Check,
     Checks,
@@ -122,12 +176,13 @@ from turncoat.testing.contracts import (
     task_checks,
     value_checks,
 )
-from turncoat.testing.examples import example_task
+from turncoat.testing.examples import example_task, example_view
 from turncoat.trial import Memberships, Reconstruction
-from turncoat.views import CoalitionView, ModelView
+from turncoat.views import CoalitionView, ModelView, ServerView
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 SGD = LocalSGD(0.1, batch_size=4)
+TABLE = breast_cancer(per_client=4)
 POISON = Backdoored(trigger=PixelPattern(2), target=0, share=0.5)
 
 
@@ -153,6 +208,30 @@ def cited(part: Any, *refused: dict[str, Any]) -> Row:
 ATTACKS = {
     "inverting-gradients": cited(InvertingGradients(num_steps=2, num_images=2), {"lr": 0.0}),
     "inverting-aggregate": cited(InvertingAggregate(num_steps=2), {"num_restarts": 0}),
+    "gradient-inversion": cited(
+        GradientInversion(optimiser=SignedAdam(2), together=True), {"patience": 0}
+    ),
+    "aggregate-inversion": cited(
+        AggregateInversion(optimiser=SignedAdam(2), num_clients=7), {"num_images": 0}
+    ),
+    "inverting-segmentation": cited(
+        InvertingSegmentation(optimiser=LBFGS(1), num_images=2), {"tv_weight": -1.0}
+    ),
+    "tab-leak": Row(
+        TabLeak(num_steps=2, num_guesses=2),
+        ({"lr": 0.0}, {"num_rows": 0}),
+        more={
+            "view": example_view(ServerView[Update], TABLE),
+            "victims": (0, 2),
+            "population": TABLE.population,
+        },
+    ),
+    "dlg": cited(DLG(local_lr=0.1, num_steps=1), {"local_lr": 0.0}),
+    "idlg": cited(IDLG(local_lr=0.1, num_steps=1), {"num_restarts": 0}),
+    "linear-layer": cited(LinearLayer(num_images=2), {"num_images": 0}),
+    "spear": cited(SPEAR(num_images=2, num_draws=500), {"num_draws": 0}, {"sparsity": 1.5}),
+    "robbing-the-fed": cited(RobbingTheFed(server=Imprint(num_bins=4)), {"max_images": 0}),
+    "fishing": cited(Fishing(server=ClassFishing(target=1))),
     "loss-threshold": cited(LossThreshold()),
     "lira": cited(LiRA(4), {"num_shadows": 1}),
     "label-flip": cited(LabelFlip(0, 2), {"target": 0}, {"share": 1.5}),
@@ -206,6 +285,9 @@ STAGES = {
         {"delta": 0.0},
         {"noise_multiplier": 1.0},
     ),
+    "gradient-pruning": cited(GradientPruning(0.9, SGD, True), {"sparsity": 1.0}),
+    "quantised": cited(Quantised(4, SGD), {"bits": 0}, {"bits": 17}),
+    "soteria": cited(Soteria(0.4, SGD), {"share": 1.1}),
     "plain": trivial(Plain()),
     "secure-aggregation": cited(SecureAggregation(2), {"precision": 0.0}),
     "mean": cited(Mean(), {"max_weight_ratio": 0.0}),
@@ -244,6 +326,9 @@ STAGES = {
     "server-sgd": cited(ServerSGD(0.5, Mean()), {"lr": 0.0}),
     "server-momentum": cited(ServerMomentum(0.9, Median()), {"beta": 1.0}),
     "server-adam": cited(ServerAdam(0.1, Mean()), {"betas": (0.9, 1.0)}, {"tau": 0.0}),
+    "imprint": cited(Imprint(num_bins=4), {"num_bins": 1}, {"gain": 0.0}, {"seed": -1}),
+    "model-inconsistency": cited(ModelInconsistency(victim=0), {"victim": -1}),
+    "class-fishing": cited(ClassFishing(target=1), {"target": -1}, {"margin": 0.0}),
     "everyone": trivial(Everyone()),
     "fixed-sample": trivial(FixedSample(3), {"num_sampled": 0}),
     "fraction-sample": trivial(FractionSample(0.5), {"fraction": 1.1}),
@@ -277,14 +362,22 @@ PARTITIONS = {
     "dirichlet": cited(Dirichlet(0.5), {"alpha": 0.0}),
     "class-shards": cited(ClassShards(2), {"classes_per_client": 0}),
     "by-column": trivial(ByColumn("site")),
+    "by-group": trivial(ByGroup("site")),
     "unequal-sizes": trivial(UnequalSizes(1.0), {"sigma": -1.0}, {"min_size": 0}),
 }
 
 MODELS = {
-    "mlp": trivial(MLP((4,)), {"hidden": (0,)}),
+    "mlp": trivial(MLP((4,), normalisation="group", num_groups=2), {"hidden": (0,)}),
     "lenet5": cited(LeNet5("tanh"), {"activation": "swish"}),
-    "convnet": trivial(ConvNet((4, 8)), {"strides": (2,)}, {"widths": (0, 8)}),
+    "convnet": cited(
+        ConvNet((4, 8), pooling="max", normalisation="batch", dropout=0.1),
+        {"strides": (2,)},
+        {"widths": (0, 8)},
+        {"pooling": "min"},
+        {"normalisation": "layer"},
+    ),
     "resnet": cited(ResNet(8, 8, 4), {"depth": 9}, {"num_groups": 3}),
+    "u-net": cited(UNet(4, 2, 2, "silu"), {"num_groups": 3}, {"activation": "swish"}),
 }
 
 GAMES = {
@@ -295,6 +388,20 @@ GAMES = {
         Reconstruct(1, 2),
         {"victim": -1},
         solve=lambda question, truth: [Reconstruction(*data) for data in truth.records],
+    ),
+    "reconstruct-rows": Row(
+        ReconstructRows(1, 2, per_column=True),
+        ({"victim": -1}, {"tolerance": 0.0}),
+        more={
+            "solve": lambda question, truth: [Reconstruction(*data) for data in truth.records],
+            "task": TABLE,
+        },
+    ),
+    "reconstruct-slices": trivial(
+        ReconstructSlices(1, 2),
+        {"num_victims": 0},
+        solve=lambda question, truth: [Reconstruction(*data) for data in truth.records],
+        task=ellipses(3, per_client=4, side=16),
     ),
 }
 
@@ -333,6 +440,50 @@ CALLED = {
         "from": trivial(From(2), {"first": -1}),
     },
 }
+SEARCHED = {  # the parts of an inversion: each is tried in one
+    "objective": {
+        "cosine": cited(Cosine()),
+        "l2": cited(L2()),
+        "l1": cited(L1()),
+        "layer-cosine": trivial(LayerCosine()),
+        "silent": trivial(Silent()),
+        "kept": cited(Kept(L1())),
+        "signs": cited(Signs(Cosine(), 10.0), {"sharpness": 0.0}),
+    },
+    "priors": {
+        "total-variation": cited(TotalVariation(0.1), {"weight": -1.0}),
+        "pixel-norm": cited(PixelNorm(0.1), {"weight": -1.0}),
+        "batch-norm-statistics": cited(BatchNormStatistics(0.1, "update"), {"read": "both"}),
+        "style-prior": cited(StylePrior(0.1, num_references=2), {"num_references": 0}),
+        "feature-prior": cited(FeaturePrior(0.1), {"layers": ()}, {"weight": -1.0}),
+    },
+    "start": {
+        "uniform-start": trivial(Uniform()),
+        "gaussian-start": trivial(GaussianStart(0.4), {"std": 0.0}, {"mean": 1.5}),
+        "constant-start": trivial(Constant(0.2), {"value": -0.1}),
+        "mean-image": trivial(MeanImage()),
+        "adversarial-start": cited(AdversarialStart(2), {"num_averaged": 0}),
+    },
+    "optimiser": {
+        "signed-adam": cited(SignedAdam(2), {"lr": 0.0}, {"cuts": (1.5,)}),
+        "adam": cited(Adam(2), {"num_steps": 0}),
+        "l-bfgs": cited(LBFGS(1), {"history": 0}),
+    },
+    "labels": {
+        "lowest-entry": cited(LowestEntry(), {"by": "weights"}),
+        "counts": cited(Counts("rows"), {"by": "weights"}),
+        "bias-corrected": cited(BiasCorrected(), {"by": "weights"}),
+        "given": trivial(Given((0, 2)), {"labels": ()}, {"labels": (-1,)}),
+        "joint": cited(Joint()),
+        "joint-masks": cited(JointMasks(0.1), {"doubt": 0.0}),
+    },
+    "unrolled": {"local-steps": cited(Unrolled(0.1, 2, 1), {"lr": 0.0}, {"batch_size": 0})},
+    "space": {
+        "pixels": trivial(Pixels()),
+        "squashed": trivial(Squashed(0.1), {"margin": 0.5}),
+        "learned": cited(Learned(num_latents=4, num_steps=2), {"noise": 0.0}, {"width": 0}),
+    },
+}
 ARGUMENTS = {
     "trigger": (IMAGES,),
     "edge": ((IMAGES, torch.tensor([1, 0])),),
@@ -368,6 +519,8 @@ TASKS: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "pneumoniamnist": {"data": DATA / "pneumoniamnist.npz", "per_client": 10},
     "mednist": {"data": DATA / "mednist_64_subset.npz", "per_client": 10},
     "heart-disease": {"data": DATA / "uci_heart_disease_4centres.npz"},
+    "hippocampus": {"data": DATA / "msd_hippocampus_2d.npz", "per_client": 5},
+    "ellipses": {"per_client": 5},
     "hub": {"data": None},
     "parquet": lambda folder: {
         "folder": str(DATA / "cifar10-lossless-4k"),
@@ -394,7 +547,10 @@ TASKS: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
 def every() -> Iterator[tuple[str, str, Check]]:
     """Yield kind and name of a part with each check of it."""
     made: dict[str, tuple[dict[str, Row], Callable[[Row], Checks]]] = {
-        "attack": (ATTACKS, lambda r: attack_checks(r.part, refused=r.refused, cites=r.cites)),
+        "attack": (
+            ATTACKS,
+            lambda r: attack_checks(r.part, refused=r.refused, cites=r.cites, **r.more),
+        ),
         "stage": (
             STAGES,
             lambda r: stage_checks(r.part, place_of(r.part), refused=r.refused, cites=r.cites),
@@ -415,6 +571,10 @@ def every() -> Iterator[tuple[str, str, Check]]:
         for name, row in table.items():
             for said, check in called_checks(row, ARGUMENTS[kind]):
                 yield f"{kind}-{name}-{said}", name, check
+    for place, table in SEARCHED.items():
+        for name, row in table.items():
+            for said, check in searched_checks(row, place):
+                yield f"{place}-{name}-{said}", name, check
 
 
 def called_checks(row: Row, arguments: tuple[Any, ...]) -> Checks:
@@ -424,6 +584,41 @@ def called_checks(row: Row, arguments: tuple[Any, ...]) -> Checks:
         return call(row.part, *arguments, rng=Randomness(0).at("a part"))
 
     yield from call_checks(answer, arguments, name=repr(row.part))
+
+
+@cache
+def normed_clue() -> Clue:
+    """Return an update of a net that has convolutions, running statistics and a dense layer."""
+    data = example_task().clients[0][0][:2], torch.tensor([0, 2])
+    model = Model(Built(ConvNet((3,), (2,), normalisation="batch"), (1, 8, 8), 3))
+    start = model.initial(Randomness(0).at("begin"))
+    update = LocalSGD(0.1)(model, start, data, rng=Randomness(0).at("train"))
+    return Clue(model, start, update.delta, 2, example_task().population)
+
+
+def searched_checks(row: Row, place: str) -> Checks:
+    yield from value_checks(row.part, refused=row.refused, cites=row.cites)
+    clue = normed_clue()
+    parts: dict[str, Any] = {
+        "objective": Cosine(),
+        "optimiser": SignedAdam(2),
+        "start": Uniform(),
+        "labels": LowestEntry(),
+        "unrolled": Unrolled(0.1),
+        place: (row.part,) if place == "priors" else row.part,
+    }
+
+    def answer() -> Reconstruction:
+        return invert(clue, Recipe(**parts), rng=Randomness(0).at("a part"))
+
+    yield from call_checks(answer, clue, name=repr(row.part))
+
+    def gives_images_and_labels() -> None:
+        found = answer()
+        assert found.inputs.shape == clue.shape and found.labels.shape == (2,)
+        assert bool(((found.inputs >= 0) & (found.inputs <= 1)).all())
+
+    yield "gives_images_and_labels", gives_images_and_labels
 
 
 def place_of(stage: Any) -> Any:
@@ -467,6 +662,7 @@ def test_every_part_has_a_row_and_every_row_a_part() -> None:
         "game": GAMES,
         "outcome": OUTCOMES,
         **CALLED,
+        **{"prior" if place == "priors" else place: rows for place, rows in SEARCHED.items()},
     }
     for kind, parts in PARTS.items():
         assert parts.keys() == tables[kind].keys(), f"a test row for every {kind}, please"

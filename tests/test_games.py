@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from turncoat.attacks.backdoor.triggers import PixelPattern
+from turncoat.describe import describe
 from turncoat.games.membership import Candidates, Membership
 from turncoat.games.outcomes import AccuracyLost, BackdoorSuccess, TargetedError
 from turncoat.games.reconstruction import Reconstruct, Records
@@ -152,7 +153,7 @@ def test_a_perfect_guess_of_part_of_a_batch_in_any_order_is_perfect(task: Task) 
     _, truth = posed(game, task)
     guess = [Reconstruction(x[[5, 2, 9]], y[[5, 2, 9]]) for x, y in truth.records]
     marked = game.mark(guess, truth, rng=RANDOM.at("mark"))
-    alike, labels = marked.others
+    alike, labels, *_ = marked.others
     assert marked.headline.value == 100.0 and marked.headline.unit == "dB"
     assert alike.name == "ssim" and alike.value == pytest.approx(1.0)
     assert labels.name == "label_accuracy" and labels.value == 1.0
@@ -179,6 +180,115 @@ def test_a_blind_guess_chooses_among_as_many_records_as_the_attacker(task: Task)
         return marked.headline.baseline
 
     assert baseline(30) > baseline(2)
+
+
+def named(marked: Any) -> dict[str, Any]:
+    return {m.name: m for m in (marked.headline, *marked.others)}
+
+
+def test_a_perfect_guess_is_perfect_by_every_measure(task: Task) -> None:
+    _, truth = posed(Reconstruct(), task)
+    guess = [Reconstruction(*data) for data in truth.records]
+    found = named(Reconstruct().mark(guess, truth, rng=RANDOM.at("mark")))
+    assert list(found) == [
+        *("psnr", "ssim", "label_accuracy", "mse"),
+        *("identified", "feature_distance", "identified_by_features"),
+    ]
+    for measurement in found.values():
+        assert measurement.beats_baseline, measurement
+    assert found["mse"].value == found["feature_distance"].value == 0.0
+    assert found["identified"].value == found["identified_by_features"].value == 1.0
+
+
+def test_a_blind_guess_is_identified_no_more_often_than_by_chance(task: Task) -> None:
+    population = images(400, 5)
+    hits, trials, chance = 0, 0, 0.0
+    for i in range(40):
+        truth = Records((tuple(t[i : i + 1] for t in population),), images(150, 99))  # type: ignore[arg-type]
+        stranger = Reconstruction(images(1, 1000 + i)[0], truth.records[0][1])
+        found = named(Reconstruct().mark([stranger], truth, rng=RANDOM.at("mark", i)))
+        hits += int(found["identified"].value)
+        chance, trials = chance + found["identified"].baseline, trials + 1
+        assert not found["identified"].beats_baseline or found["identified"].value == 1.0
+    assert hits / trials <= chance / trials + 0.1
+
+
+def test_chance_is_the_share_of_the_line_up_that_the_victim_holds() -> None:
+    inputs = torch.rand(5, 1, 4, 4, generator=RANDOM.at("held"))
+    records = ((inputs, torch.tensor([0, 0, 0, 1, 1])),)
+    public = torch.rand(9, 1, 4, 4, generator=RANDOM.at("public"))
+    truth = Records(records, (public, torch.tensor([0] * 7 + [1] * 2)))
+    guess = [Reconstruction(inputs[[0, 3]], torch.tensor([0, 1]))]
+    marked = Reconstruct().mark(guess, truth, rng=RANDOM.at("mark"))
+    assert named(marked)["identified"].baseline == pytest.approx((3 / 10 + 2 / 4) / 2)
+    assert marked.exhibits["identified"].tolist() == [1, 1]
+    for decoy in marked.exhibits["decoys"]:
+        assert bool((public == decoy).flatten(1).all(dim=1).any())
+
+
+def test_a_record_that_a_stranger_holds_too_is_not_singled_out() -> None:
+    inputs = torch.rand(1, 1, 4, 4, generator=RANDOM.at("held"))
+    label = torch.zeros(1, dtype=torch.long)
+    guess = [Reconstruction(inputs, label)]
+    alone = Records(((inputs, label),), (torch.rand(9, 1, 4, 4), torch.zeros(9).long()))
+    shared = replace(alone, population=(torch.cat([inputs, alone.population[0]]), torch.zeros(10)))
+    for truth, share in ((alone, 1.0), (shared, 0.0)):
+        found = named(Reconstruct().mark(guess, truth, rng=RANDOM.at("mark")))
+        assert found["identified"].value == found["identified_by_features"].value == share
+
+
+def test_brightness_counts_in_pixels_and_not_in_features(task: Task) -> None:
+    _, truth = posed(Reconstruct(), task)
+    truth = replace(truth, records=tuple((x[:1], y[:1]) for x, y in truth.records))
+    dim = [Reconstruction(x * 0.3, y) for x, y in truth.records]
+    found = named(Reconstruct().mark(dim, truth, rng=RANDOM.at("mark")))
+    assert found["mse"].value > 0.05 and found["identified"].value < 1
+    assert found["feature_distance"].value < 0.01
+    assert found["identified_by_features"].value == 1.0
+
+
+def test_what_priors_alone_are_worth_is_a_baseline_where_the_attack_tells(task: Task) -> None:
+    _, truth = posed(Reconstruct(num_victims=1), task)
+    inputs, labels = (part[:4] for part in truth.records[0])
+    near = (inputs + 0.1).clamp(0, 1)
+    for prior, above in ((None, True), (inputs, False)):
+        guess = [Reconstruction(near, labels, prior)]
+        marked = Reconstruct().mark(guess, truth, rng=RANDOM.at("mark"))
+        assert marked.headline.beats_baseline is above
+        assert named(marked)["mse"].beats_baseline is above
+        assert ("prior_only" in marked.exhibits) is (prior is not None)
+    shown = marked.exhibits
+    assert torch.equal(shown["prior_only"], shown["originals"])
+
+
+def test_images_that_anyone_can_guess_are_not_rebuilt_by_an_attack() -> None:
+    grey, labels = torch.full((4, 1, 4, 4), 0.5), torch.zeros(4).long()
+    truth = Records(((grey, labels),), (grey.repeat(9, 1, 1, 1), torch.zeros(36).long()))
+    noise = 0.001 * torch.rand(4, 1, 4, 4, generator=RANDOM.at("noise"))
+    for inputs in (grey, grey + noise):
+        found = Reconstruct().mark([Reconstruction(inputs, labels)], truth, rng=RANDOM.at("mark"))
+        for measurement in (found.headline, *found.others):
+            assert not measurement.beats_baseline and not measurement.success, measurement
+
+
+def test_an_attack_without_priors_cannot_be_asked_what_they_are_worth() -> None:
+    from turncoat.attacks.inversion.gradient_inversion import DLG, InvertingGradients
+
+    assert Trial(InvertingGradients(), Reconstruct(prior_only=True)).family == "inversion"
+    with pytest.raises(TypeError, match="leave prior_only out"):
+        Trial(DLG(local_lr=0.1), Reconstruct(prior_only=True))
+
+
+def test_an_option_that_came_later_leaves_old_results_where_they_were() -> None:
+    assert set(describe(Reconstruct())) == {"use", "victim", "num_victims"}
+    assert describe(Reconstruct(prior_only=True))["prior_only"] is True
+
+
+def test_images_too_small_for_a_measure_go_without_it() -> None:
+    inputs, labels = torch.rand(3, 1, 2, 2), torch.zeros(3).long()
+    truth = Records(((inputs, labels),), (torch.rand(5, 1, 2, 2), torch.zeros(5).long()))
+    found = Reconstruct().mark([Reconstruction(inputs, labels)], truth, rng=RANDOM.at("mark"))
+    assert list(named(found)) == ["psnr", "label_accuracy", "mse", "identified"]
 
 
 def test_labels_are_counted_once_each() -> None:
@@ -303,7 +413,7 @@ def test_a_game_is_a_frozen_value_with_a_family_and_a_verdict(game: Any) -> None
 
 
 def test_a_question_grants_what_attacks_ask_for_and_nothing_of_the_truth() -> None:
-    from turncoat.attacks.inversion.inverting_gradients import InvertingGradients
+    from turncoat.attacks.inversion.gradient_inversion import InvertingGradients
     from turncoat.attacks.membership.lira import LiRA
     from turncoat.attacks.membership.loss_threshold import LossThreshold
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from turncoat.attacks.backdoor.model_replacement import ModelReplacement
 from turncoat.attacks.backdoor.triggers import PixelPattern
-from turncoat.attacks.inversion.inverting_gradients import InvertingAggregate, InvertingGradients
+from turncoat.attacks.inversion.gradient_inversion import InvertingAggregate, InvertingGradients
 from turncoat.attacks.poisoning.sign_flip import SignFlip
 from turncoat.audit import run_audit
 from turncoat.cli import app

@@ -14,7 +14,15 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
-from turncoat.metrics.images import MAX_PSNR, match, psnr, ssim
+from turncoat.metrics.images import (
+    MAX_PSNR,
+    feature_distance,
+    features,
+    match,
+    mse,
+    psnr,
+    ssim,
+)
 from turncoat.metrics.intervals import clopper_pearson, of_difference, of_mean, wilson
 from turncoat.metrics.ranking import ROC, auc, delong, tpr_interval
 
@@ -158,3 +166,27 @@ def test_matching_undoes_any_shuffle(order: list[int], kept: int) -> None:
     rows, columns = match(originals[order[:kept]] + 0.01, originals)
     assert rows.tolist() == list(range(kept))
     assert columns.tolist() == order[:kept]
+
+
+def test_mse_is_what_psnr_is_the_logarithm_of() -> None:
+    a, b = torch.rand(2, 5, 3, 8, 8).unbind()
+    np.testing.assert_allclose(mse(a, b), ((a - b) ** 2).mean(dim=(1, 2, 3)), rtol=1e-5)
+    torch.testing.assert_close(psnr(a, b), -10 * mse(a, b).log10())
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4), (1, 8, 8), (3, 32, 32), (2, 28, 9)])
+def test_features_see_edges_and_not_how_bright_they_are(shape: tuple[int, ...]) -> None:
+    images = torch.rand(4, *shape, generator=torch.Generator().manual_seed(0))
+    found = features(images)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(4, dtype=torch.float64))
+    assert float(feature_distance(images, images * 0.5 + 0.2).max()) < 1e-3
+    others = feature_distance(images, images.roll(1, 0))
+    assert bool((others > 0.01).all()) and bool((others <= 1).all())
+    flat = torch.full((4, *shape), 0.5)
+    assert float(features(flat).abs().sum()) == 0
+    np.testing.assert_allclose(feature_distance(images, flat), 0.5)
+
+
+def test_features_of_images_too_small_are_refused() -> None:
+    with pytest.raises(ValueError, match="4 x 4 pixels at least; a side has 3"):
+        features(torch.zeros(1, 1, 3, 9))

@@ -550,6 +550,18 @@ def test_the_page_fits_a_phone(whole: Path, tmp_path: Path) -> None:
     assert int(width[1]) <= 400
 
 
+def test_a_person_can_judge_what_a_reconstruction_is_worth(whole: Path) -> None:
+    text = (whole / "report.html").read_text(encoding="utf-8")
+    gallery = text[text.index('<section id="gallery">') : text.index('<section id="roc">')]
+    captions = re.findall(r"<figcaption>([^<]*)</figcaption>", gallery)
+    assert captions and all(re.fullmatch(r"-?\d+\.\d\sdB( ●)?", c) for c in captions)
+    assert any("●" in c for c in captions) and not all("●" in c for c in captions)
+    for said in ("mean image", "priors alone", "The strangers that these are likest to"):
+        assert said in gallery
+    strangers = gallery.count("a public image of the class, likest to")
+    assert strangers == len(captions)
+
+
 def test_defences_are_ranked_by_the_worst_that_is_left(whole: Path) -> None:
     record = read(whole)
     matrix, prices = squares(record), costs(record)

@@ -585,6 +585,10 @@ def _play(
     asked = {f.name: getattr(question, f.name) for f in fields(question)}
     randomness, name = Randomness(seed), fingerprint(trial)
     guess = call(trial.attack, view, rng=randomness.at("attack" + name), **asked)
+    if getattr(trial.game, "prior_only", False):
+        deaf: Any = getattr(trial.attack, "prior_only")  # noqa: B009
+        alone = call(deaf, view, rng=randomness.at("attack" + name), **asked)
+        guess = tuple(replace(g, prior_only=a.inputs) for g, a in zip(guess, alone, strict=True))
     guess = moved(guess, "cpu")
     return trial.game.mark(guess, truth, rng=randomness.at("mark" + name))
 

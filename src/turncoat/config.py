@@ -39,6 +39,21 @@ _TOP = {"title", "rounds", "seeds", "delta", "defences", "task", "federation", "
 }
 _PLAYED_BY = {"server": Seat.SERVER, "supply": Seat.SUPPLIER, "code": Seat.SUPPLIER}
 _OF_A_TRIAL = {"at", "by", "game", "outcome", "coalition", "acts", "seats"}
+_KINDS = {
+    "Members": "members",
+    "Schedule": "schedule",
+    "Partition": "partition",
+    "Architecture": "model",
+    "Game": "game",
+    "Outcome": "outcome",
+    "Objective": "objective",
+    "Prior": "prior",
+    "Start": "start",
+    "Optimiser": "optimiser",
+    "LabelRule": "labels",
+    "Space": "space",
+    "Unrolled": "unrolled",
+}  # of the protocols that options are annotated with
 _GAMES = {tuple[Reconstruction, ...]: "reconstruct", Memberships: "membership"}
 
 
@@ -577,13 +592,9 @@ def _is_built(hint: Any) -> bool:
 
 def _kind_of(hint: Any, kind: str) -> str:
     name = getattr(get_origin(hint) or hint, "__name__", "")
-    return {"Members": "members", "Schedule": "schedule", "Partition": "partition"}.get(
-        name,
-        {"Architecture": "model", "Game": "game", "Outcome": "outcome"}.get(
-            name,
-            "stage" if any(hint is s or get_origin(hint) is s for s in STAGES.values()) else kind,
-        ),
-    )
+    if any(hint is s or get_origin(hint) is s for s in STAGES.values()):
+        return "stage"
+    return _KINDS.get(name, kind)
 
 
 def _value(hint: Any, value: Any, where: Where) -> Any:

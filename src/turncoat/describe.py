@@ -7,16 +7,22 @@ import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
 from torch import Tensor
 
 _OWN = Path(__file__).parent
+ADDED = MappingProxyType({"added": True})
+"""Metadata of a field that came after results were kept: at its default it is not described.
+
+So what was computed before there was such an option is found again, and is drawn at the same
+address of randomness.
+"""
 _SHOWN_ONLY = {"report", "audits", "testing"}  # what only shows results does not change them
 
 
@@ -30,8 +36,8 @@ def describe(thing: Any) -> Any:
         data = hashlib.sha256(thing.contiguous().cpu().numpy().tobytes()).hexdigest()
         return [str(thing.dtype), list(thing.shape), data]
     if is_dataclass(thing) and not isinstance(thing, type):
-        inside = {f.name: describe(getattr(thing, f.name)) for f in fields(thing) if f.init}
-        return {"use": _name(type(thing)), **inside}
+        inside = {f.name: getattr(thing, f.name) for f in fields(thing) if _is_said(f, thing)}
+        return {"use": _name(type(thing)), **{name: describe(v) for name, v in inside.items()}}
     if isinstance(thing, FunctionType | BuiltinFunctionType | type):
         if "<" in thing.__qualname__:
             raise TypeError(
@@ -56,6 +62,10 @@ def describe(thing: Any) -> Any:
         f"cannot describe {thing!r}: make it a frozen dataclass or a function, so that its results "
         "can be found again"
     )
+
+
+def _is_said(f: Field[Any], thing: Any) -> bool:
+    return f.init and not (f.metadata.get("added") and getattr(thing, f.name) == f.default)
 
 
 def key(*things: Any) -> str:

@@ -5,13 +5,24 @@ from __future__ import annotations
 _STAGES = "turncoat.stages"
 _PREPARE = f"{_STAGES}.prepare"
 _ATTACKS = "turncoat.attacks"
+_INVERSION = f"{_ATTACKS}.inversion"
 _BUNDLED = "turncoat.tasks.bundled"
 _FETCHED = "turncoat.tasks.fetched"
 
 PARTS: dict[str, dict[str, str]] = {
     "attack": {
-        "inverting-gradients": f"{_ATTACKS}.inversion.inverting_gradients:InvertingGradients",
-        "inverting-aggregate": f"{_ATTACKS}.inversion.inverting_gradients:InvertingAggregate",
+        "inverting-gradients": f"{_INVERSION}.gradient_inversion:InvertingGradients",
+        "inverting-aggregate": f"{_INVERSION}.gradient_inversion:InvertingAggregate",
+        "gradient-inversion": f"{_INVERSION}.gradient_inversion:GradientInversion",
+        "aggregate-inversion": f"{_INVERSION}.gradient_inversion:AggregateInversion",
+        "inverting-segmentation": f"{_INVERSION}.segmentation:InvertingSegmentation",
+        "tab-leak": f"{_INVERSION}.tabular:TabLeak",
+        "dlg": f"{_INVERSION}.gradient_inversion:DLG",
+        "idlg": f"{_INVERSION}.gradient_inversion:IDLG",
+        "linear-layer": f"{_INVERSION}.analytic:LinearLayer",
+        "spear": f"{_INVERSION}.analytic:SPEAR",
+        "robbing-the-fed": f"{_INVERSION}.malicious:RobbingTheFed",
+        "fishing": f"{_INVERSION}.malicious:Fishing",
         "loss-threshold": f"{_ATTACKS}.membership.loss_threshold:LossThreshold",
         "lira": f"{_ATTACKS}.membership.lira:LiRA",
         "label-flip": f"{_ATTACKS}.poisoning.label_flip:LabelFlip",
@@ -51,6 +62,9 @@ PARTS: dict[str, dict[str, str]] = {
         "fed-sgd": f"{_STAGES}.train.local:FedSGD",
         "clipped": f"{_STAGES}.train.local:Clipped",
         "dp-sgd": f"{_STAGES}.train.dpsgd:DPSGD",
+        "gradient-pruning": f"{_STAGES}.train.pruned:GradientPruning",
+        "quantised": f"{_STAGES}.train.quantised:Quantised",
+        "soteria": f"{_STAGES}.train.soteria:Soteria",
         "plain": "turncoat.federation:Plain",
         "secure-aggregation": f"{_STAGES}.channel.secure_aggregation:SecureAggregation",
         "mean": f"{_STAGES}.aggregate.mean:Mean",
@@ -85,6 +99,9 @@ PARTS: dict[str, dict[str, str]] = {
         "server-sgd": f"{_STAGES}.aggregate.optimisers:ServerSGD",
         "server-momentum": f"{_STAGES}.aggregate.optimisers:ServerMomentum",
         "server-adam": f"{_STAGES}.aggregate.optimisers:ServerAdam",
+        "imprint": f"{_INVERSION}.malicious:Imprint",
+        "model-inconsistency": f"{_INVERSION}.malicious:ModelInconsistency",
+        "class-fishing": f"{_INVERSION}.malicious:ClassFishing",
         "everyone": "turncoat.federation:Everyone",
         "fixed-sample": "turncoat.federation:FixedSample",
         "fraction-sample": "turncoat.federation:FractionSample",
@@ -112,6 +129,8 @@ PARTS: dict[str, dict[str, str]] = {
         "pneumoniamnist": f"{_FETCHED}:pneumoniamnist",
         "mednist": f"{_FETCHED}:mednist",
         "heart-disease": f"{_FETCHED}:heart_disease",
+        "hippocampus": "turncoat.tasks.segmentation:hippocampus",
+        "ellipses": "turncoat.tasks.segmentation:ellipses",
         "hub": "turncoat.tasks.images:from_hub",
         "parquet": "turncoat.tasks.images:from_parquet",
         "npz": "turncoat.tasks.images:from_npz",
@@ -122,6 +141,7 @@ PARTS: dict[str, dict[str, str]] = {
         "dirichlet": "turncoat.tasks.partitions:Dirichlet",
         "class-shards": "turncoat.tasks.partitions:ClassShards",
         "by-column": "turncoat.tasks.partitions:ByColumn",
+        "by-group": "turncoat.tasks.partitions:ByGroup",
         "unequal-sizes": "turncoat.tasks.partitions:UnequalSizes",
     },
     "model": {
@@ -129,10 +149,13 @@ PARTS: dict[str, dict[str, str]] = {
         "lenet5": "turncoat.tasks.models:LeNet5",
         "convnet": "turncoat.tasks.models:ConvNet",
         "resnet": "turncoat.tasks.models:ResNet",
+        "u-net": "turncoat.tasks.segmentation:UNet",
     },
     "game": {
         "membership": "turncoat.games.membership:Membership",
         "reconstruct": "turncoat.games.reconstruction:Reconstruct",
+        "reconstruct-rows": "turncoat.games.records:ReconstructRows",
+        "reconstruct-slices": "turncoat.games.slices:ReconstructSlices",
     },
     "outcome": {
         "accuracy-lost": "turncoat.games.outcomes:AccuracyLost",
@@ -141,6 +164,50 @@ PARTS: dict[str, dict[str, str]] = {
         "edge-case-success": "turncoat.games.outcomes:EdgeCaseSuccess",
         "source-recall": "turncoat.games.outcomes:SourceRecall",
         "target-confidence": "turncoat.games.outcomes:TargetConfidence",
+    },
+    "objective": {
+        "cosine": f"{_INVERSION}.objectives:Cosine",
+        "l2": f"{_INVERSION}.objectives:L2",
+        "l1": f"{_INVERSION}.objectives:L1",
+        "layer-cosine": f"{_INVERSION}.segmentation:LayerCosine",
+        "silent": f"{_INVERSION}.objectives:Silent",
+        "kept": f"{_INVERSION}.adaptive:Kept",
+        "signs": f"{_INVERSION}.adaptive:Signs",
+    },
+    "prior": {
+        "total-variation": f"{_INVERSION}.priors:TotalVariation",
+        "pixel-norm": f"{_INVERSION}.priors:PixelNorm",
+        "batch-norm-statistics": f"{_INVERSION}.priors:BatchNormStatistics",
+        "style-prior": f"{_INVERSION}.priors:StylePrior",
+        "feature-prior": f"{_INVERSION}.priors:FeaturePrior",
+    },
+    "start": {
+        "uniform-start": f"{_INVERSION}.starts:Uniform",
+        "gaussian-start": f"{_INVERSION}.starts:Gaussian",
+        "constant-start": f"{_INVERSION}.starts:Constant",
+        "mean-image": f"{_INVERSION}.segmentation:MeanImage",
+        "adversarial-start": f"{_INVERSION}.adversarial_start:AdversarialStart",
+    },
+    "optimiser": {
+        "signed-adam": f"{_INVERSION}.optimisers:SignedAdam",
+        "adam": f"{_INVERSION}.optimisers:Adam",
+        "l-bfgs": f"{_INVERSION}.optimisers:LBFGS",
+    },
+    "labels": {
+        "lowest-entry": f"{_INVERSION}.labels:LowestEntry",
+        "counts": f"{_INVERSION}.labels:Counts",
+        "bias-corrected": f"{_INVERSION}.labels:BiasCorrected",
+        "given": f"{_INVERSION}.labels:Given",
+        "joint": f"{_INVERSION}.labels:Joint",
+        "joint-masks": f"{_INVERSION}.segmentation:JointMasks",
+    },
+    "unrolled": {
+        "local-steps": f"{_INVERSION}.engine:Unrolled",
+    },
+    "space": {
+        "pixels": f"{_INVERSION}.engine:Pixels",
+        "squashed": f"{_INVERSION}.segmentation:Squashed",
+        "learned": f"{_INVERSION}.learned:Learned",
     },
     "trigger": {
         "pixel-pattern": f"{_ATTACKS}.backdoor.triggers:PixelPattern",

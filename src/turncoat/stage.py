@@ -93,7 +93,7 @@ class Sample(Protocol):
 
 
 class Broadcast(Protocol):
-    """What the server sends to one client. Offered: rng, model, envelope."""
+    """What the server sends to one client. Offered: rng, model, public, envelope."""
 
     def __call__(self, params: Tensor, *args: Any, **asks: Any) -> Tensor: ...
 
@@ -154,7 +154,9 @@ class Place:
 PLACES: dict[Any, Place] = {
     Begin: Place((Task,), frozenset({"rng"}), "makes the first state"),
     Sample: Place((int,), frozenset({"rng"}), "chooses the cohort"),
-    Broadcast: Place((Tensor,), frozenset({"rng", "model", "envelope"}), "sends the state out"),
+    Broadcast: Place(
+        (Tensor,), frozenset({"rng", "model", "public", "envelope"}), "sends the state out"
+    ),
     Prepare: Place(
         (Batch,),
         frozenset({"rng", "envelope", "model", "start", "public", "verdict"}),

@@ -57,7 +57,12 @@ class Measurement:
 
     @property
     def beats_baseline(self) -> bool:
-        """Say whether the whole interval lies on the attacker's side of the baseline."""
+        """Say whether the whole interval lies on the attacker's side of the baseline.
+
+        Where not to attack already gives all there is, no side is left.
+        """
+        if self.worst == self.baseline:
+            return False
         return self.low > self.baseline if self.worst > self.baseline else self.high < self.baseline
 
 
@@ -114,7 +119,8 @@ class Trial(Generic[G]):
 
     Args:
         coalition: Clients that actively help it, if any.
-        server: A malicious server's broadcast that helps it, if any.
+        server: A malicious server's broadcast that helps it, if any: the ``server`` that the attack
+            itself names, if it names one.
         at: The round whose view it gets: 0 is the first, -1 the last. Others are not kept.
         by: Which client, node, or which of several servers, it sits at. Of a graph, users get the
             model of this node.
@@ -128,6 +134,8 @@ class Trial(Generic[G]):
     by: int = 0
 
     def __post_init__(self) -> None:
+        if self.server is None:
+            object.__setattr__(self, "server", getattr(self.attack, "server", None))
         question = get_args(get_type_hints(type(self.game).pose)["return"])[0]
         granted = {f.name for f in fields(question)} | {"rng"}
         code = type(self.attack).__call__
@@ -135,6 +143,11 @@ class Trial(Generic[G]):
         for name in sorted(asks(code)[0] - granted - {subject}):
             raise UnknownQuestion(
                 f"{self.attack!r} asks for {name!r}, but {self.game!r} grants {sorted(granted)}"
+            )
+        if getattr(self.game, "prior_only", False) and not hasattr(self.attack, "prior_only"):
+            raise UnknownQuestion(
+                f"{self.game!r} asks what priors alone are worth, but {self.attack!r} has none to "
+                "play without the update: leave prior_only out"
             )
 
     @property
@@ -169,8 +182,10 @@ class Trial(Generic[G]):
         return bool(getattr(view, "client", getattr(view, "server", self.by)) == self.by)
 
     def seats(self, federation: Federation[Any, Any]) -> list[Seat]:
-        """Return the seats from which this attack can be mounted."""
+        """Return the seats from which this attack can be mounted: a server's, if it lies."""
         produced = federation.views().items()
+        if self.server is not None:
+            produced = {Seat.SERVER: federation.views().get(Seat.SERVER, ())}.items()
         return [s for s, kinds in produced if any(matches(k, self.needs) for k in kinds)]
 
 
@@ -253,10 +268,16 @@ def name_of(kind: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Reconstruction:
-    """What the inputs were. Shapes: ``(n, ...)`` and ``(n,)``."""
+    """What the inputs were. Shapes: ``(n, ...)`` and ``(n,)``.
+
+    Attributes:
+        prior_only: What the same recipe makes without the update, of its priors alone, if the
+            attack says so: a baseline. Shape: as ``inputs``.
+    """
 
     inputs: Tensor
     labels: Tensor
+    prior_only: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from turncoat.attacks.inversion.inverting_gradients import InvertingGradients
+from turncoat.attacks.inversion.gradient_inversion import InvertingGradients
 from turncoat.attacks.membership.loss_threshold import LossThreshold
 from turncoat.flower.loading import load
 from turncoat.games.membership import Membership

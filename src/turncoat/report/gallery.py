@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,8 @@ class Strip:
     Attributes:
         pictures: PNGs as data addresses.
         alts: What each shows, in words.
+        captions: What is written under each; none where nothing is to be said.
+        decoys: Of each guess, the public image of its class that it is nearest to.
     """
 
     label: str
@@ -35,6 +37,8 @@ class Strip:
     kind: str
     pictures: tuple[str, ...] = ()
     alts: tuple[str, ...] = ()
+    captions: tuple[str, ...] = ()
+    decoys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,11 +92,17 @@ def exhibition(
                     strips.append(
                         _strip("mean image", note, "blind", mean[:1] * len(originals), ())
                     )
+                if not before and (prior := _pictures(tensors, "prior_only")):
+                    note = "the same attack without the update: a baseline"
+                    strips.append(_strip("priors alone", note, "blind", prior, ()))
                 before = originals
             pictures = _pictures(tensors, "reconstructions")
             lead = square.headline
             note = f"{lead.metric} {lead.text}" if lead else ""
-            strips.append(_strip(square.defence, note, "guess", pictures, labels))
+            strip = _strip(square.defence, note, "guess", pictures, labels)
+            captions = _captions(tensors)[: len(pictures)]
+            decoys = _pictures(tensors, "decoys")[: len(pictures)]
+            strips.append(replace(strip, captions=captions, decoys=decoys))
         elif square.status != "scored":
             strips.append(Strip(square.defence, square.says, square.status))
     return Exhibition(attack, seat, tuple(strips))
@@ -119,6 +129,17 @@ def _strip(
         for number in range(1, len(pictures) + 1)
     )
     return Strip(label, note, kind, pictures, alts)
+
+
+def _captions(tensors: Tensors) -> tuple[str, ...]:
+    """Return the PSNR of each guess, marked where it points out its original."""
+    found = tensors.get("psnr")
+    if found is None:
+        return ()
+    likeness: list[float] = np.ravel(found).tolist()
+    hits = np.ravel(tensors.get("identified", np.zeros(0))).tolist()
+    marks = [" ●" if i < len(hits) and hits[i] else "" for i in range(len(likeness))]
+    return tuple(f"{x:.1f} dB{mark}" for x, mark in zip(likeness, marks, strict=True))
 
 
 def _labels(tensors: Tensors) -> list[str]:

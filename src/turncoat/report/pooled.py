@@ -229,7 +229,7 @@ def _beats(cells: Sequence[Row]) -> bool:
         value, base, worst = (_number(c.get(k)) for k in ("value", "baseline", "worst"))
         if value is None or base is None or worst is None:
             return False
-        gains.append((value - base) * (1 if worst > base else -1))
+        gains.append((value - base) * ((worst > base) - (worst < base)))
     if len(gains) > 1 and max(gains) > min(gains):
         return t_interval(gains)[0] > 0
     return all(bool(c.get("beats_baseline")) for c in cells)

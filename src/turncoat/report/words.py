@@ -25,7 +25,7 @@ _METRICS = {
     "lpips": "LPIPS",
     "f1": "F1",
 }
-_PERCENT = re.compile(r"accuracy|success|rate|tpr|recall|precision")
+_PERCENT = re.compile(r"accuracy|success|rate|tpr|recall|precision|identified")
 _VIEWS = {
     "ServerView": "of each client, by name, {}; and what it sent them",
     "PeerView": "of each neighbour, by name, {}, relative to its own state",

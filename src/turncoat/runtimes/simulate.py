@@ -262,15 +262,16 @@ class Round:
     def _broadcast(self, server: Broadcast | None) -> dict[int, Tensor]:
         stage = server or self.federation.broadcast
         named, takes_all = asks(code_of(stage))
-        tells_apart = takes_all or bool(named & {"rng", "model", "envelope"})
+        known = {"model": self.task.model, "public": self.task.public}
+        tells_apart = takes_all or bool(named & {"rng", "envelope"})
         if not tells_apart:  # one client from another
-            return dict.fromkeys(self.cohort, call(stage, self.before))
+            return dict.fromkeys(self.cohort, call(stage, self.before, **known))
         return {
             c: call(
                 stage,
                 self.before,
                 rng=Later(partial(self.randomness.at, "broadcast", self.round, c)),
-                model=self.task.model,
+                **known,
                 envelope=Envelope(c, self.cohort, self.round),
             )
             for c in self.cohort

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
 from typing import Literal, Protocol
@@ -11,11 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from turncoat.validate import at_least
+from turncoat.describe import ADDED
+from turncoat.validate import at_least, fraction, one_of
 
-Activation = Literal["relu", "tanh", "sigmoid"]
+Activation = Literal["relu", "tanh", "sigmoid", "elu", "gelu", "silu", "softplus"]
+Normalisation = Literal["none", "group", "batch"]
+Pooling = Literal["none", "mean", "max"]
 
-_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "softplus": nn.Softplus,
+}
+_RECTIFIERS = {"relu", "elu", "gelu", "silu"}
 
 
 class Architecture(Protocol):
@@ -45,21 +58,33 @@ class MLP:
     """Fully connected layers on the flattened input; ``hidden = ()`` is multinomial regression.
 
     Weights begin as in ``LeNet5``.
+
+    Args:
+        hidden: The width of each layer but the last; there are as many layers as widths, and one.
+        normalisation, num_groups, dropout: As in ``ConvNet``.
     """
 
     hidden: tuple[int, ...] = (64,)
     activation: Activation = "relu"
+    normalisation: Normalisation = field(default="none", metadata=ADDED)
+    num_groups: int = field(default=4, metadata=ADDED)
+    dropout: float = field(default=0.0, metadata=ADDED)
 
     def __post_init__(self) -> None:
         for size in self.hidden:
             at_least(1, self, hidden=size)
         _known(self, self.activation)
+        _check_adaptation(self, self.normalisation, self.num_groups, self.dropout, self.hidden)
 
     def __call__(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         sizes = (prod(input_shape), *self.hidden)
         layers: list[nn.Module] = [nn.Flatten()]
         for before, after in pairwise(sizes):
-            layers += [nn.Linear(before, after), _ACTIVATIONS[self.activation]()]
+            layers.append(nn.Linear(before, after))
+            layers += _normed(self.normalisation, self.num_groups, after, nn.BatchNorm1d)
+            layers.append(_ACTIVATIONS[self.activation]())
+        if self.dropout:
+            layers.append(nn.Dropout(self.dropout))
         return _begun(nn.Sequential(*layers, nn.Linear(sizes[-1], num_classes)), self.activation)
 
 
@@ -73,7 +98,7 @@ class LeNet5:
 
     Differs from the paper: the second convolution reads all maps of the first, pooling has no
     weights, the last layer is linear, ``"tanh"`` is the plain one, and weights begin as He [2]_
-    ("relu") or Glorot [3]_ (the others) have them.
+    (rectifiers: "relu", "elu", "gelu", "silu") or Glorot [3]_ (the others) have them.
 
     .. [1] LeCun et al., Proc. IEEE 1998, section II.B.
     .. [2] He et al., ICCV 2015, eq. (10). https://arxiv.org/abs/1502.01852
@@ -111,18 +136,32 @@ class LeNet5:
 
 @dataclass(frozen=True)
 class ConvNet:
-    """3x3 convolutions and one dense layer: small, and smooth unless ``"relu"``.
+    """3x3 convolutions and one dense layer: small, and smooth unless ``"relu"`` or ``"max"``.
 
-    Weights begin as in ``LeNet5``.
+    Every option is an adaptation [1]_: a choice of the model that may make its updates harder to
+    invert, and costs no noise. Weights begin as in ``LeNet5``.
 
     Args:
-        widths: Channels after each convolution.
-        strides: How far each convolution steps; one number for each of ``widths``.
+        widths: Channels after each convolution; there are as many convolutions as widths.
+        strides: How much smaller each convolution leaves its image; one for each of ``widths``.
+        activation: ``"relu"`` has kinks and dead units; the others are smooth (``"elu"`` once).
+        pooling: What makes the image smaller: the stride of the convolution itself (``"none"``),
+            or the ``"mean"`` or ``"max"`` of squares of that side after a stride of 1.
+        normalisation: After each convolution: none, of ``num_groups`` groups of channels (which
+            must divide the widths), or of the batch. The last mixes the records of a client, so
+            that DP-SGD refuses it.
+        dropout: What share of the last layer's inputs is left out at random in training.
+
+    .. [1] Usynin et al., PoPETs 2022(1). https://doi.org/10.2478/popets-2022-0014
     """
 
     widths: tuple[int, ...] = (16, 32)
     strides: tuple[int, ...] = (2, 2)
     activation: Activation = "relu"
+    pooling: Pooling = field(default="none", metadata=ADDED)
+    normalisation: Normalisation = field(default="none", metadata=ADDED)
+    num_groups: int = field(default=4, metadata=ADDED)
+    dropout: float = field(default=0.0, metadata=ADDED)
 
     def __post_init__(self) -> None:
         if len(self.widths) != len(self.strides):
@@ -133,15 +172,25 @@ class ConvNet:
         for width, stride in zip(self.widths, self.strides, strict=True):
             at_least(1, self, widths=width, strides=stride)
         _known(self, self.activation)
+        one_of(Pooling, self, pooling=self.pooling)
+        _check_adaptation(self, self.normalisation, self.num_groups, self.dropout, self.widths)
 
     def __call__(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         channels, height, width = _image(self, input_shape, smallest=1)
         layers: list[nn.Module] = []
         for after, stride in zip(self.widths, self.strides, strict=True):
-            layers.append(nn.Conv2d(channels, after, 3, stride=stride, padding=1))
+            step = stride if self.pooling == "none" else 1
+            layers.append(nn.Conv2d(channels, after, 3, stride=step, padding=1))
+            layers += _normed(self.normalisation, self.num_groups, after, nn.BatchNorm2d)
             layers.append(_ACTIVATIONS[self.activation]())
+            if stride > step:
+                pool = nn.AvgPool2d if self.pooling == "mean" else nn.MaxPool2d
+                layers.append(pool(stride, ceil_mode=True))
             channels, height, width = after, -(-height // stride), -(-width // stride)
-        layers += [nn.Flatten(), nn.Linear(channels * height * width, num_classes)]
+        layers.append(nn.Flatten())
+        if self.dropout:
+            layers.append(nn.Dropout(self.dropout))
+        layers.append(nn.Linear(channels * height * width, num_classes))
         return _begun(nn.Sequential(*layers), self.activation)
 
 
@@ -239,13 +288,38 @@ def _begun(net: nn.Sequential, activation: str) -> nn.Sequential:
     """Return the net with weights whose scale survives its depth; biases are 0."""
     for layer in net:
         if isinstance(layer, nn.Conv2d | nn.Linear):
-            if activation == "relu":
+            if activation in _RECTIFIERS:
                 nn.init.kaiming_normal_(layer.weight)
             else:
                 nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
     return net
+
+
+def _normed(
+    kind: Normalisation, num_groups: int, width: int, batch: Callable[[int], nn.Module]
+) -> list[nn.Module]:
+    """Return the layer that normalises, if there is one."""
+    if kind == "none":
+        return []
+    return [nn.GroupNorm(num_groups, width) if kind == "group" else batch(width)]
+
+
+def _check_adaptation(
+    owner: object, normalisation: str, num_groups: int, dropout: float, widths: Sequence[int]
+) -> None:
+    name = type(owner).__name__
+    one_of(Normalisation, owner, normalisation=normalisation)
+    at_least(1, owner, num_groups=num_groups)
+    fraction(owner, dropout=dropout)
+    if dropout == 1:
+        raise ValueError(f"{name}: dropout must be below 1, or nothing is left to read")
+    if normalisation == "group" and any(width % num_groups for width in widths):
+        raise ValueError(
+            f"{name}: num_groups must divide every width; it is {num_groups}, and they are "
+            f"{', '.join(map(str, widths))}"
+        )
 
 
 def _known(owner: object, activation: str) -> None:

@@ -187,6 +187,34 @@ class ByColumn:
         return [torch.tensor(found[name]) for name in names]
 
 
+@dataclass(frozen=True)
+class ByGroup:
+    """Whole groups of examples that share a column, as the slices of a patient, for each client.
+
+    Groups come in random order, each to whoever has the fewest examples so far.
+    """
+
+    column: str
+
+    def __call__(
+        self, labels: Tensor, num_clients: int | None, *, columns: Columns, rng: Generator
+    ) -> list[Tensor]:
+        groups = ByColumn(self.column)(labels, None, columns=columns, rng=rng)
+        num_clients = _enough(self, len(labels), num_clients, 1)
+        if num_clients > len(groups):
+            raise DataUnusable(
+                f"{self!r}: there are {len(groups)} groups for {num_clients} clients: lower "
+                "num_clients"
+            )
+        owned: list[list[Tensor]] = [[] for _ in range(num_clients)]
+        sizes = [0] * num_clients
+        for i in torch.randperm(len(groups), generator=rng).tolist():
+            client = sizes.index(min(sizes))
+            owned[client].append(groups[i])
+            sizes[client] += len(groups[i])
+        return [torch.cat(part) for part in owned]
+
+
 def _enough(owner: object, num_examples: int, num_clients: int | None, each: int) -> int:
     """Return ``num_clients`` if each can own so many examples."""
     if num_clients is None:

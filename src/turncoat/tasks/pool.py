@@ -54,7 +54,8 @@ class Pool:
     Attributes:
         train: Images as uint8 are scaled to [0, 1] when a task is made, floats are kept.
             Tabular floats may hold NaN where they are ``continuous``. Shapes: ``(n, c, h, w)``
-            or ``(n, f)``; ``(n,)``.
+            or ``(n, f)``; ``(n,)``, or ``(n, h, w)`` for masks, of which those who partition see
+            the commonest class.
         test: Of the same kind; None: to be held out of ``train``.
         classes: Names of the labels 0, 1, ...
         columns: Of each training example, by name: what it may be partitioned by.
@@ -153,9 +154,18 @@ def _judged(pool: Pool, split: Split, rng: Generator) -> tuple[Tensor, Batch]:
 
 
 def _columns(pool: Pool, mine: Tensor) -> Columns:
-    labelled = {"label": [pool.classes[c] for c in pool.train[1].tolist()], **pool.columns}
+    named = [pool.classes[c] for c in _classes_of(pool.train[1]).tolist()]
+    labelled = {"label": named, **pool.columns}
     chosen = mine.tolist()
     return {name: [values[i] for i in chosen] for name, values in labelled.items()}
+
+
+def _classes_of(labels: Tensor) -> Tensor:
+    """Return one class an example: of a mask the one, but the first, that has most pixels."""
+    if labels.ndim == 1:
+        return labels
+    sizes = torch.stack([(labels == c).flatten(1).sum(dim=1) for c in range(int(labels.max()) + 1)])
+    return sizes[1:].max(dim=0).indices + 1 if len(sizes) > 1 else sizes[0] * 0
 
 
 def _parts(pool: Pool, split: Split, mine: Tensor, rng: Generator) -> list[Tensor]:
@@ -167,7 +177,8 @@ def _parts(pool: Pool, split: Split, mine: Tensor, rng: Generator) -> list[Tenso
             f"there are {len(mine)}: lower per_client or num_clients"
         )
     try:
-        parts = split.partition(pool.train[1][mine], num, columns=_columns(pool, mine), rng=rng)
+        labels = _classes_of(pool.train[1])[mine]
+        parts = split.partition(labels, num, columns=_columns(pool, mine), rng=rng)
     except DataUnusable as error:
         raise DataUnusable(f"{pool.name}: {error}") from None
     who = f"{pool.name}: {split.partition!r}"

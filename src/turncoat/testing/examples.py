@@ -69,6 +69,7 @@ def example_question(task: Task) -> dict[str, Any]:
     return {
         "victims": (0, 2),
         "population": task.population,
+        "masks": None,
         "candidates": (inputs, labels),
         "shadows": Shadows(models, inside),
     }

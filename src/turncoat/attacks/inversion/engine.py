@@ -1,0 +1,582 @@
+"""Gradient inversion in parts: how far, what else is known, where from, what moves, and how.
+
+A guess is put through the shared model once an iteration; its gradient is compared with the one
+that was seen, and the slope of that comparison moves the guess. Everything else is a part::
+
+    objective(g(x), g*) + Σ prior(x)        over x = space.decode(variable), labels by a rule
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Generator, Tensor
+from torch.func import functional_call, grad, vmap
+
+from turncoat.attacks.inversion.objectives import Apart, flat
+from turncoat.randomness import ambient
+from turncoat.stage import asks, call, code_of
+from turncoat.task import Batch, Learner, Model
+from turncoat.trial import Reconstruction
+from turncoat.validate import at_least, positive
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Clue:
+    """What one inversion works on.
+
+    Attributes:
+        before: The state that the victim got. Shape: ``(num_params,)``.
+        delta: Its update: a step of descent, or several. Shape: ``(num_params,)``.
+        num_images: How many images are behind it.
+        population: What anybody knows such data to look like.
+    """
+
+    model: Model = field(repr=False)
+    before: Tensor = field(repr=False)
+    delta: Tensor = field(repr=False)
+    num_images: int
+    population: Batch = field(repr=False)
+
+    def __post_init__(self) -> None:
+        due = (self.model.layout.num_params,)
+        for name, vector in (("before", self.before), ("delta", self.delta)):
+            if tuple(vector.shape) != due:
+                raise ValueError(f"Clue: {name} has shape {tuple(vector.shape)}; {due} is due")
+            if not bool(vector.isfinite().all()):
+                raise ValueError(f"Clue: {name} holds NaN or infinity: there is nothing to match")
+        at_least(1, self, num_images=self.num_images)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the guess, images first."""
+        return (self.num_images, *self.population[0].shape[1:])
+
+    @property
+    def gradient(self) -> tuple[Tensor, ...]:
+        """``-delta``, one tensor for each trainable parameter, in the layout's order.
+
+        They lie one after another in one vector, without the buffers.
+        """
+        slots = [s for s in self.model.layout.slots if s.trainable and self._moves(s.name)]
+        whole = torch.cat([-self.delta[s.start : s.stop] for s in slots])
+        return Apart.of(whole, [s.shape for s in slots])
+
+    def _moves(self, name: str) -> bool:
+        moves: bool = self.model.tensors[name].requires_grad
+        return moves
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one leaf layer read and gave at the guess, with its graph."""
+
+    name: str
+    read: Tensor = field(repr=False)
+    gave: Tensor = field(repr=False)
+
+
+class Objective(Protocol):
+    """How far the guess's gradient is from the one seen: a scalar.
+
+    One tensor for each trainable parameter on either side. One that compares lengths, and so needs
+    to know the client's step size, says ``needs_scale = True``.
+    """
+
+    def __call__(self, guessed: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor: ...
+
+
+class Prior(Protocol):
+    """What images are held to be like: a scalar, multiplied by the prior's own ``weight``.
+
+    Offered: labels (n,), model, before, population; activations (what every leaf layer of the
+    shared model gave at the images, in order) and layers (the same as ``Seen``, with what it read),
+    from the pass that makes the gradient. A prior with ``prepared(clue, labels, rng) -> Prior`` is
+    asked once, before the loop, for the one to use: so are objectives, starts and spaces.
+    """
+
+    def __call__(self, images: Tensor, *args: Any, **asks: Any) -> Tensor: ...
+
+
+class Start(Protocol):
+    """Where a guess begins: pixels in [0, 1]. Offered: rng, labels, population."""
+
+    def __call__(self, shape: tuple[int, ...], *args: Any, **asks: Any) -> Tensor: ...
+
+
+class Space(Protocol):
+    """What is moved, and the images it stands for. Of several guesses, the first axis is theirs."""
+
+    def encode(self, start: Tensor, /) -> Tensor: ...
+
+    def decode(self, variable: Tensor, /) -> Tensor: ...
+
+    def clamp_(self, variable: Tensor, /) -> None: ...
+
+
+class Optimiser(Protocol):
+    """Moves variables in place to where the cost is least.
+
+    ``slope()`` fills the ``grad`` of each variable and returns the cost, of one guess or of several
+    that are moved at once; ``clamp()`` brings the variables back to where they may be. One that
+    cannot move several says ``one_at_a_time = True``.
+    """
+
+    def __call__(
+        self,
+        variables: Sequence[Tensor],
+        slope: Callable[[], Tensor],
+        *,
+        clamp: Callable[[], None],
+        patience: int | None,
+    ) -> None: ...
+
+
+class LabelRule(Protocol):
+    """The labels behind a clue. Shape: ``(n,)``. Offered: rng.
+
+    A rule that returns floats gives the logits of soft labels, ``(n, classes)``, which are moved
+    along with the images.
+    """
+
+    def __call__(self, clue: Clue, *args: Any, **asks: Any) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The guess is the image itself, kept within [0, 1]."""
+
+    def encode(self, start: Tensor) -> Tensor:
+        return start.clone()
+
+    def decode(self, variable: Tensor) -> Tensor:
+        return variable
+
+    def clamp_(self, variable: Tensor) -> None:
+        variable.clamp_(0, 1)
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """The client's local training, repeated on the guess so that it can be differentiated [1]_.
+
+    The guess's update is compared with the client's, in units of ``lr``: also of one step, whose
+    length then means something.
+
+    Differs from the paper: the loss of a batch is its mean, as clients here train. A client
+    shuffles and the attacker cannot know how: the guess's batches follow one another unshuffled,
+    the same in each epoch.
+
+    Args:
+        lr: Step size of the client.
+        batch_size: Images in a step; None for all of them.
+
+    .. [1] Geiping et al., NeurIPS 2020, section 6. https://arxiv.org/abs/2003.14053
+    """
+
+    lr: float
+    num_epochs: int = 1
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        positive(self, lr=self.lr)
+        at_least(1, self, num_epochs=self.num_epochs, batch_size=self.batch_size)
+
+    def batches(self, num_images: int) -> list[slice]:
+        """Return which images each step is made with."""
+        size = min(self.batch_size or num_images, num_images)
+        one = [slice(i, min(i + size, num_images)) for i in range(0, num_images, size)]
+        return one * self.num_epochs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All the parts of an inversion.
+
+    Args:
+        unrolled: The client's training; None takes its update for one gradient of unknown length.
+        num_restarts: Fresh starts, of which the smallest objective wins, priors left out.
+        patience: Iterations without progress after which the step size is cut, and in the end the
+            search given up; None never stops early.
+        together: Move all restarts, and all victims of one state, in one batch of work: faster
+            for small nets, at the memory of all. The last bits then depend on the company.
+        compile: Compile the whole iteration first, for long jobs.
+    """
+
+    objective: Objective
+    optimiser: Optimiser
+    start: Start
+    labels: LabelRule
+    priors: tuple[Prior, ...] = ()
+    space: Space = Pixels()
+    unrolled: Unrolled | None = None
+    num_restarts: int = 1
+    patience: int | None = None
+    together: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        at_least(1, self, num_restarts=self.num_restarts, patience=self.patience)
+        if getattr(self.objective, "needs_scale", False) and self.unrolled is None:
+            raise ValueError(
+                f"{self.objective!r} compares lengths, and no step size is known: say the "
+                "client's, as unrolled=Unrolled(lr=0.1), or take Cosine()"
+            )
+        if self.together and getattr(self.optimiser, "one_at_a_time", False):
+            raise ValueError(f"{self.optimiser!r} moves one guess at a time: leave together out")
+
+
+class CannotCompile(RuntimeError):
+    """An iteration could not be compiled: by what it is made of, or for want of a compiler."""
+
+
+def invert(clue: Clue, recipe: Recipe, *, rng: Generator) -> Reconstruction:
+    """Return the images and labels that best explain an update."""
+    return invert_all((clue,), recipe, rng=rng)[0]
+
+
+def invert_all(
+    clues: Sequence[Clue], recipe: Recipe, *, rng: Generator
+) -> tuple[Reconstruction, ...]:
+    """Return what best explains each of several updates; what they share is made once."""
+    found: list[Reconstruction] = []
+    for alike in _alike(clues):
+        if any(hasattr(part, "prepared") for part in _parts(recipe)):
+            for clue in alike:
+                found += _Search(_prepared(recipe, clue, rng), (clue,))(rng)
+        else:
+            found += _Search(recipe, alike)(rng)
+    return tuple(found)
+
+
+def _alike(clues: Sequence[Clue]) -> Iterator[tuple[Clue, ...]]:
+    """Yield stretches of clues that differ in their update alone."""
+    rest = list(clues)
+    while rest:
+        first, size = rest[0], 1
+        while size < len(rest) and (
+            rest[size].model is first.model
+            and rest[size].before is first.before
+            and rest[size].shape == first.shape
+        ):
+            size += 1
+        yield tuple(rest[:size])
+        del rest[:size]
+
+
+def _parts(recipe: Recipe) -> tuple[Any, ...]:
+    return (recipe.objective, recipe.start, recipe.space, *recipe.priors)
+
+
+def _prepared(recipe: Recipe, clue: Clue, rng: Generator) -> Recipe:
+    """Return the recipe with each part that wants to see the clue first fitted to it."""
+    labels = call(recipe.labels, clue, rng=rng)
+    labels = labels.argmax(dim=1) if labels.is_floating_point() else labels
+
+    def fitted(part: T) -> T:
+        made: T = part.prepared(clue, labels, rng) if hasattr(part, "prepared") else part
+        return made
+
+    return replace(
+        recipe,
+        objective=fitted(recipe.objective),
+        start=fitted(recipe.start),
+        space=fitted(recipe.space),
+        priors=tuple(map(fitted, recipe.priors)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Guess:
+    """One start of one clue: what is moved, and what it is compared with."""
+
+    clue: int
+    variable: Tensor
+    labels: Tensor
+    target: tuple[Tensor, ...]
+
+
+class _Way(Protocol):
+    """A way to the gradients of a guess."""
+
+    def __call__(
+        self, away: Sequence[Tensor] | None, images: Tensor, labels: Tensor, watch: bool
+    ) -> tuple[Sequence[Tensor], tuple[Seen, ...]]:
+        """Return the gradient of each parameter, and what each layer did if watched.
+
+        At the shared state, or so far ``away`` from it.
+        """
+
+    def layers(self, images: Tensor) -> tuple[Seen, ...]:
+        """Return what each layer does at the images: a pass of its own."""
+
+
+class _Search:
+    """All restarts of clues that share a state. It borrows the model's module."""
+
+    def __init__(self, recipe: Recipe, clues: tuple[Clue, ...]) -> None:
+        self.recipe, self.clues = recipe, clues
+        self.clue = clues[0]
+        self.joint = False
+        asked = {name for prior in recipe.priors for name in asks(code_of(prior))[0]}
+        self.watch = bool(asked & {"activations", "layers"})
+        self.step: Callable[..., tuple[Tensor, ...]] | None = None
+
+    def __call__(self, rng: Generator) -> list[Reconstruction]:
+        recipe, model = self.recipe, self.clue.model
+        rules = [call(recipe.labels, c, rng=rng) for c in self.clues]
+        self.joint = rules[0].is_floating_point()
+        best: list[tuple[float, Reconstruction] | None] = [None] * len(self.clues)
+        learner = model.learner(self.clue.before)  # the module then holds ``before``
+        try:
+            with ambient(rng):
+                guesses = self._guesses(rules, rng)
+                for some in [list(guesses)] if recipe.together else ([g] for g in guesses):
+                    for guess, cost, made in zip(some, *self._moved(some, learner), strict=True):
+                        held = best[guess.clue]
+                        if held is None or cost < held[0]:
+                            best[guess.clue] = cost, made
+        finally:
+            learner.finish()
+        return [b[1] for b in best if b is not None]
+
+    def _guesses(self, rules: Sequence[Tensor], rng: Generator) -> Iterator[_Guess]:
+        recipe = self.recipe
+        for place, (clue, labels) in enumerate(zip(self.clues, rules, strict=True)):
+            target = clue.gradient
+            if recipe.unrolled is not None:
+                whole = flat(target) / recipe.unrolled.lr
+                target = Apart.of(whole, [t.shape for t in target])
+            known = labels.argmax(dim=1) if self.joint else labels
+            for restart in range(recipe.num_restarts):
+                if self.joint and restart:
+                    labels = call(recipe.labels, clue, rng=rng)
+                start = call(
+                    recipe.start, clue.shape, rng=rng, labels=known, population=clue.population
+                )
+                with torch.no_grad():
+                    variable = recipe.space.encode(start.to(clue.before.device)).detach()
+                yield _Guess(place, variable, labels, target)
+
+    def _moved(
+        self, guesses: Sequence[_Guess], learner: Learner
+    ) -> tuple[list[float], list[Reconstruction]]:
+        """Return what the guesses come to, and their objectives; several are moved at once."""
+        several = len(guesses) > 1
+
+        def stacked(tensors: Iterable[Tensor]) -> Tensor:
+            held = list(tensors)
+            return torch.stack(held) if several else held[0]
+
+        variable = stacked(g.variable for g in guesses)
+        labels = stacked(g.labels for g in guesses)
+        target = guesses[0].target
+        if several or self.recipe.compile:  # a plain tuple, which these can look into
+            target = tuple(map(stacked, zip(*(g.target for g in guesses), strict=True)))
+        variables = (variable, labels) if self.joint else (variable,)
+        if self.step is None:
+            way = (_Transformed if several else _Plain)(learner, self.clue.model)
+            self.step = partial(self._step, way, several)
+            if self.recipe.compile:
+                self.step = _compiled(self.step, variable, labels, target)
+        step, last = self.step, torch.empty(0)
+
+        def slope() -> Tensor:
+            nonlocal last
+            last, total, *slopes = step(variable, labels, target)
+            for moved, along in zip(variables, slopes, strict=True):
+                moved.grad = along
+            return total
+
+        def clamp() -> None:
+            with torch.no_grad():
+                self.recipe.space.clamp_(variable)
+
+        self.recipe.optimiser(variables, slope, clamp=clamp, patience=self.recipe.patience)
+        clamp()
+        with torch.no_grad():
+            images = [self.recipe.space.decode(v) for v in (variable if several else (variable,))]
+        said = labels if several else labels[None]
+        said = said.argmax(dim=2) if self.joint else said
+        made = [Reconstruction(i.detach(), y) for i, y in zip(images, said, strict=True)]
+        return last.reshape(-1).tolist(), made
+
+    def _step(
+        self, way: _Way, several: bool, variable: Tensor, labels: Tensor, target: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """Return objectives, costs, and the slopes of what is moved."""
+        variable = variable.detach().requires_grad_()
+        if self.joint:
+            labels = labels.detach().requires_grad_()
+        variables = (variable, labels) if self.joint else (variable,)
+        cost: Callable[..., tuple[Tensor, Tensor]] = partial(self._cost, way)
+        cost = vmap(cost, randomness="different") if several else cost
+        objective, total = cost(variable, labels, target)
+        if not total.requires_grad:  # nothing pulls at the guess
+            return objective, total, *map(torch.zeros_like, variables)
+        slopes = torch.autograd.grad(total.sum(), variables, materialize_grads=True)
+        return objective.detach(), total.detach(), *slopes
+
+    def _cost(
+        self, way: _Way, variable: Tensor, labels: Tensor, target: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        recipe, clue = self.recipe, self.clue
+        images = recipe.space.decode(variable)
+        soft = labels.softmax(dim=1) if self.joint else labels
+        guessed, layers = self._gradient(way, images, soft)
+        objective = recipe.objective(guessed, target)
+        offers = {
+            "labels": labels.argmax(dim=1) if self.joint else labels,
+            "model": clue.model,
+            "before": clue.before,
+            "population": clue.population,
+            "activations": tuple(s.gave for s in layers),
+            "layers": layers,
+        }
+        total = objective
+        for prior in recipe.priors:
+            total = total + call(prior, images, **offers)
+        return objective, total
+
+    def _gradient(
+        self, way: _Way, images: Tensor, labels: Tensor
+    ) -> tuple[Sequence[Tensor], tuple[Seen, ...]]:
+        """Return the guess's gradient, or its update in units of the step size."""
+        unrolled, watch = self.recipe.unrolled, self.watch
+        batches = unrolled.batches(len(images)) if unrolled else [slice(None)]
+        if len(batches) == 1:
+            return way(None, images, labels, watch)
+        assert unrolled is not None
+        layers: tuple[Seen, ...] = ()
+        whole = batches[0] == slice(0, len(images))
+        if watch and not whole:
+            layers = way.layers(images)
+        moved: list[Tensor] = []
+        for number, chosen in enumerate(batches):
+            watched = watch and whole and not number
+            slopes, seen = way(
+                [-unrolled.lr * m for m in moved] or None, images[chosen], labels[chosen], watched
+            )
+            layers = seen if watched else layers
+            moved = [m + g for m, g in zip(moved, slopes, strict=True)] if moved else list(slopes)
+        return moved, layers
+
+
+class _Plain:
+    """Gradients at the state that the module holds, or a way from it, by ``autograd.grad``."""
+
+    def __init__(self, learner: Learner, model: Model) -> None:
+        self.learner, self.model = learner, model
+        named = model.module.named_parameters()
+        self.leaves: dict[str, Tensor] = {n: p for n, p in named if p.requires_grad}
+
+    def __call__(
+        self, away: Sequence[Tensor] | None, images: Tensor, labels: Tensor, watch: bool
+    ) -> tuple[Sequence[Tensor], tuple[Seen, ...]]:
+        with _watched(self.model, watch) as layers:
+            if away is None:
+                points = list(self.leaves.values())
+                outputs = self.learner.outputs(images)
+            else:
+                points = [p + a for p, a in zip(self.leaves.values(), away, strict=True)]
+                named = dict(zip(self.leaves, points, strict=True))
+                outputs = functional_call(self.model.module, named, (images,))
+        loss = self.model.criterion(outputs, labels)
+        slopes = torch.autograd.grad(loss, points, create_graph=True, materialize_grads=True)
+        return slopes, tuple(layers)
+
+    def layers(self, images: Tensor) -> tuple[Seen, ...]:
+        with _watched(self.model, True) as layers:
+            self.learner.outputs(images)
+        return tuple(layers)
+
+
+class _Transformed:
+    """The same by ``torch.func``, which works under ``vmap``: one pass for several guesses."""
+
+    def __init__(self, learner: Learner, model: Model) -> None:
+        self.model = model
+        named = model.module.named_parameters()
+        self.leaves = {n: p.detach() for n, p in named if p.requires_grad}
+        self.buffers = {n: b.detach() for n, b in model.module.named_buffers()}
+        if not model.module.training:
+            model.module.train()
+
+    def __call__(
+        self, away: Sequence[Tensor] | None, images: Tensor, labels: Tensor, watch: bool
+    ) -> tuple[Sequence[Tensor], tuple[Seen, ...]]:
+        points = tuple(self.leaves.values())
+        if away is not None:
+            points = tuple(p + a for p, a in zip(points, away, strict=True))
+
+        def loss(points: tuple[Tensor, ...]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+            with _watched(self.model, watch) as layers:
+                outputs = self._outputs(points, images)
+            names[:] = [s.name for s in layers]
+            return self.model.criterion(outputs, labels), [(s.read, s.gave) for s in layers]
+
+        names: list[str] = []
+        slopes, seen = grad(loss, has_aux=True)(points)
+        return slopes, tuple(Seen(n, *s) for n, s in zip(names, seen, strict=True))
+
+    def layers(self, images: Tensor) -> tuple[Seen, ...]:
+        with _watched(self.model, True) as layers:
+            self._outputs(tuple(self.leaves.values()), images)
+        return tuple(layers)
+
+    def _outputs(self, points: Sequence[Tensor], images: Tensor) -> Tensor:
+        """Return the outputs; buffers are copies of each guess's own, which it may edit."""
+        own = {
+            n: b + images.flatten()[0].detach().mul(0).to(b.dtype) for n, b in self.buffers.items()
+        }
+        named = dict(zip(self.leaves, points, strict=True)) | own
+        outputs: Tensor = functional_call(self.model.module, named, (images,))
+        return outputs
+
+
+@contextmanager
+def _watched(model: Model, watch: bool) -> Iterator[list[Seen]]:
+    """Yield what every leaf layer reads and gives from here on, in the order of their calls."""
+    layers: list[Seen] = []
+    hooks = []
+    if watch:
+        for name, module in model.module.named_modules():
+            if not any(module.children()):
+
+                def note(_: Any, read: Any, gave: Tensor, name: str = name) -> None:
+                    layers.append(Seen(name, read[0], gave))
+
+                hooks.append(module.register_forward_hook(note))
+    try:
+        yield layers
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _compiled(
+    step: Callable[..., tuple[Tensor, ...]], *example: Any
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Return the iteration as one compiled graph; both derivatives are traced into it."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of the compiler's own, on its first import
+            traced = make_fx(step)(*example)
+            made: Callable[..., tuple[Tensor, ...]] = torch.compile(traced, fullgraph=True)
+            made(*example)
+    except Exception as error:
+        said = str(error).strip().split("\n")[0]
+        raise CannotCompile(
+            f"this inversion cannot be compiled ({type(error).__name__}: {said}): a C++ compiler "
+            "must be at hand, and no part may look at values; else leave compile = false"
+        ) from error
+    return made
