@@ -124,7 +124,8 @@ class InvertingSegmentation:
 
     Matches the direction of each layer's gradient from the mean of the attacker's images on, by
     L-BFGS on the logits of the pixels, with a little total variation. Masks that the game grants
-    are used; without, they are searched for together with the images.
+    are used; without, they are searched for together with the images. For smooth nets: against
+    a ReLU it fails.
 
     Differs from the paper, which inverts as Geiping et al. [2]_: objective, optimiser, start, and
     that masks need not be known.
