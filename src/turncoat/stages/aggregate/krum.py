@@ -16,6 +16,8 @@ from turncoat.stages.aggregate.coordinatewise import refuse_fewer
 from turncoat.stages.aggregate.distances import measured
 from turncoat.validate import at_least
 
+_ALIKE = 1e-6  # of a score: what rounding may be
+
 
 @dataclass(frozen=True)
 class Krum:
@@ -117,9 +119,18 @@ def scores(squared: Tensor, num_neighbours: int) -> Tensor:
 
 
 def ranked(squared: Tensor, num_neighbours: int) -> list[int]:
-    """Return the rows from the best score to the worst; of equals, first the nearest to all."""
-    order = np.lexsort((squared.sum(dim=1).numpy(), scores(squared, num_neighbours).numpy()))
-    return [int(i) for i in order]
+    """Return the rows from the best score to the worst; of those alike, first the nearest to all.
+
+    Where updates are equal in pairs, as after mixing, scores are equal but for their rounding,
+    which shall decide nothing.
+    """
+    found = scores(squared, num_neighbours).tolist()
+    level, best, levels = 0, 0.0, [0] * len(found)
+    for place, i in enumerate(sorted(range(len(found)), key=found.__getitem__)):
+        if place == 0 or found[i] > best * (1 + _ALIKE):
+            level, best = place, found[i]
+        levels[i] = level
+    return [int(i) for i in np.lexsort((squared.sum(dim=1).numpy(), np.array(levels)))]
 
 
 def picked(squared: Tensor, num_byzantine: int, num_picked: int) -> list[int]:
