@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.stats import trim_mean
@@ -122,6 +122,7 @@ def updates(matrix: Tensor, weight: float = 1.0) -> list[Update]:
 @pytest.mark.parametrize("theorem", THEOREMS)
 @settings(max_examples=8, deadline=None)
 @given(seed=some_seed)
+@example(seed=501389)  # after mixing, scores that differ by their rounding alone
 def test_each_rule_keeps_what_it_promises(theorem: Theorem, seed: int) -> None:
     theorem(seed)
 
