@@ -202,6 +202,21 @@ def test_tiny_changes_survive_the_grid() -> None:
     assert float((opened - clear).abs().max()) < 2.0**-24 / 100
 
 
+@given(st.integers(1, 40), st.sampled_from([1, 3, 1 << 15, (1 << 15) + 1]), st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_rows_of_a_matrix_have_the_same_total_as_single_vectors(
+    n: int, size: int, seed: int
+) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    matrix, weights = torch.randn(n, size, generator=rng), torch.rand(n, generator=rng).tolist()
+    listed = [Update(row, w) for row, w in zip(matrix, weights, strict=True)]
+    apart = [Update(row.clone(), w) for row, w in zip(matrix, weights, strict=True)]
+    found = Update.total(listed)
+    for other in (Update.total(apart), Update.total(iter(listed))):
+        assert torch.equal(found.delta, other.delta)
+        assert found.weight == other.weight
+
+
 def test_adding_one_by_one_is_the_total() -> None:
     first, second, third = dress(SecureAggregation(), updates(torch.randn(3, 4)), range(3))
     total, added = Masked.total([first, second, third]), first + second + third

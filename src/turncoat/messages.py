@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -84,20 +85,24 @@ class Clear(Revealed):
 
         Within these in float32, of one to the next in float64, in one vector.
         """
-        whole = matrix_of([m.delta for m in messages]) if isinstance(messages, list) else None
+        if isinstance(messages, list):
+            listed: list[Self] = messages
+            if (matrix := matrix_of([m.delta for m in listed])) is not None:
+                return _total_of_rows(listed, matrix)
         parts = iter(messages)
         group = list(islice(parts, _TOGETHER))
-        first, shares, weight = group[0], list[tuple[Tensor, float]](), 0.0
+        first, weight = group[0], 0.0
         total = torch.zeros_like(first.delta, dtype=torch.float64)
         while group:
             weights = [m.weight for m in group]
-            shares.append(_shares(weights, first.delta))
-            if whole is None:
-                _add(total, shares[-1:], rows(group))
+            shares, some = [_shares(weights, first.delta)], rows(group)
+
+            def add(where: slice, shares: Shares = shares, some: Tensor = some) -> None:
+                _add(total[where], shares, some[:, where])
+
+            deque(by_columns(add, len(total), _COLUMNS), maxlen=0)
             weight += sum(weights)
             group = list(islice(parts, _TOGETHER))
-        if whole is not None:
-            _add(total, shares, whole)
         mean = torch.empty_like(total, dtype=torch.float32)
         filled(mean, lambda where: total[where].div_(weight or 1.0), _COLUMNS)
         return replace(first, delta=mean, weight=weight)
@@ -132,6 +137,10 @@ class Logits(Clear):
     __slots__ = ()
 
 
+C = TypeVar("C", bound=Clear)
+Shares = list[tuple[Tensor, float]]  # of ``_TOGETHER`` messages each, and what they are scaled by
+
+
 def _shares(weights: Sequence[float], like: Tensor) -> tuple[Tensor, float]:
     """Return weights as shares, and what to multiply their sum by: a power of two, so exactly."""
     _, exponent = frexp(sum(weights))  # no sum in float32 exceeds the largest row
@@ -139,20 +148,29 @@ def _shares(weights: Sequence[float], like: Tensor) -> tuple[Tensor, float]:
     return shares, ldexp(1.0, exponent)
 
 
-def _add(total: Tensor, groups: Sequence[tuple[Tensor, float]], matrix: Tensor) -> None:
+def _add(total: Tensor, groups: Shares, matrix: Tensor) -> None:
     """Add weighted sums of the rows, ``_TOGETHER`` at a time: of small whole numbers, exactly."""
-
-    def add(where: slice) -> None:
-        block, sums = matrix[:, where], total[where]
-        for i, (shares, scale) in enumerate(groups):
-            some = block[i * _TOGETHER : (i + 1) * _TOGETHER]
-            sums.add_(shares @ some, alpha=scale)
-
-    for _ in by_columns(add, len(total), _COLUMNS):
-        pass
+    for i, (shares, scale) in enumerate(groups):
+        total.add_(shares @ matrix[i * _TOGETHER : (i + 1) * _TOGETHER], alpha=scale)
 
 
-C = TypeVar("C", bound=Clear)
+def _total_of_rows(messages: Sequence[C], matrix: Tensor) -> C:
+    """Return the same total, to the bit, in one pass over a matrix that is there already."""
+    weights = [m.weight for m in messages]
+    starts = range(0, len(weights), _TOGETHER)
+    groups = [_shares(weights[i : i + _TOGETHER], matrix) for i in starts]
+    weight = 0.0
+    for i in starts:
+        weight += sum(weights[i : i + _TOGETHER])
+
+    def mean(where: slice) -> Tensor:
+        block = matrix[:, where]
+        total = block.new_zeros(block.shape[1], dtype=torch.float64)
+        _add(total, groups, block)
+        return total.div_(weight or 1.0)
+
+    found = filled(matrix.new_empty(matrix.shape[1]), mean, _COLUMNS)
+    return replace(messages[0], delta=found, weight=weight)
 
 
 def rows(messages: Sequence[Clear]) -> Tensor:
