@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -33,6 +33,7 @@ from turncoat.attacks.backdoor.triggers import Blended, DistributedPattern, Pixe
 from turncoat.attacks.inversion.adaptive import Kept, Signs
 from turncoat.attacks.inversion.adversarial_start import AdversarialStart
 from turncoat.attacks.inversion.analytic import SPEAR, LinearLayer
+from turncoat.attacks.inversion.client_inversion import ClientInversion
 from turncoat.attacks.inversion.engine import Clue, Pixels, Recipe, Unrolled, invert
 from turncoat.attacks.inversion.gradient_inversion import (
     DLG,
@@ -178,7 +179,7 @@ from turncoat.testing.contracts import (
 )
 from turncoat.testing.examples import example_task, example_view
 from turncoat.trial import Memberships, Reconstruction
-from turncoat.views import CoalitionView, ModelView, ServerView
+from turncoat.views import ClientView, CoalitionView, ModelView, ServerView
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 SGD = LocalSGD(0.1, batch_size=4)
@@ -205,6 +206,12 @@ def cited(part: Any, *refused: dict[str, Any]) -> Row:
     return Row(part, refused)
 
 
+def two_rounds() -> tuple[ClientView[Update], ...]:
+    """Return what one client sees of two rounds running."""
+    first: ClientView[Update] = example_view(ClientView[Update], example_task())
+    return first, replace(first, round=1, before=first.before + first.mine.delta / 2)
+
+
 ATTACKS = {
     "inverting-gradients": cited(InvertingGradients(num_steps=2, num_images=2), {"lr": 0.0}),
     "inverting-aggregate": cited(InvertingAggregate(num_steps=2), {"num_restarts": 0}),
@@ -213,6 +220,15 @@ ATTACKS = {
     ),
     "aggregate-inversion": cited(
         AggregateInversion(optimiser=SignedAdam(2), num_clients=7), {"num_images": 0}
+    ),
+    "client-inversion": Row(
+        ClientInversion(inner=AggregateInversion(optimiser=SignedAdam(2))),
+        ({"cohort": 1},),
+        more={
+            "view": two_rounds(),
+            "victims": (1, 2),
+            "population": example_task().population,
+        },
     ),
     "inverting-segmentation": cited(
         InvertingSegmentation(optimiser=LBFGS(1), num_images=2), {"tv_weight": -1.0}

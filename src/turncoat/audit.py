@@ -66,7 +66,7 @@ from turncoat.runtimes.simulate import Played, Run, one_thread, simulate
 from turncoat.stage import call, matches
 from turncoat.task import Task
 from turncoat.trial import Blocked, Cell, Failed, Marked, Sabotage, Scored, Trial
-from turncoat.views import ModelView, QueryView, Seat, Shadows
+from turncoat.views import ClientView, ModelView, QueryView, Seat, Shadows
 
 __all__ = ["Audit", "AuditFolder", "Entry", "Event", "FolderUnusable", "run_audit"]
 
@@ -577,7 +577,8 @@ def _play(
     runtime: Runtime | None,
 ) -> Marked:
     federation, seed = audit.federations[cell.defence], cell.seed
-    question, truth = pose(audit, federation, trial.game, trial.at, seed, trial.by)
+    apart = matches(trial.needs, ClientView)
+    question, truth = pose(audit, federation, trial.game, trial.at, seed, trial.by, apart)
     if cell.shadows:
         question = replace(question, shadows=_shadows(audit, folder, cell, trial, question))
     view = _view(audit, folder, cell, trial, device, runtime)

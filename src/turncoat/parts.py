@@ -15,6 +15,7 @@ PARTS: dict[str, dict[str, str]] = {
         "inverting-aggregate": f"{_INVERSION}.gradient_inversion:InvertingAggregate",
         "gradient-inversion": f"{_INVERSION}.gradient_inversion:GradientInversion",
         "aggregate-inversion": f"{_INVERSION}.gradient_inversion:AggregateInversion",
+        "client-inversion": f"{_INVERSION}.client_inversion:ClientInversion",
         "inverting-segmentation": f"{_INVERSION}.segmentation:InvertingSegmentation",
         "tab-leak": f"{_INVERSION}.tabular:TabLeak",
         "dlg": f"{_INVERSION}.gradient_inversion:DLG",

@@ -288,11 +288,18 @@ def num_shadows(trial: Trial[Any]) -> int:
 
 
 def pose(
-    audit: Audit, federation: Federation[Any, Any], game: Any, at: int, seed: int, by: int = 0
+    audit: Audit,
+    federation: Federation[Any, Any],
+    game: Any,
+    at: int,
+    seed: int,
+    by: int = 0,
+    apart: bool = False,
 ) -> tuple[Any, Any]:
     """Return a game's question and truth: the same for all attacks that play the same game.
 
-    In a graph the cohort of a round is whom the attacker's node, ``by``, hears in it.
+    In a graph the cohort of a round is whom the attacker's node, ``by``, hears in it. ``apart``
+    leaves a client, ``by``, that attacks with its own data out of its victims.
     """
     rounds, randomness = audit.num_rounds, Randomness(seed)
     num_clients = len(audit.task.clients)
@@ -301,6 +308,8 @@ def pose(
     if federation.graph is not None:
         near = neighbours_of(federation.graph, num_clients, randomness)[by]
         cohort = tuple(c for c in cohort if c in near)
+    if apart:
+        cohort = tuple(c for c in cohort if c != by)
     question, truth = game.pose(
         audit.task,
         took_part=frozenset().union(*sampled),
