@@ -71,8 +71,17 @@ from turncoat.attacks.inversion.segmentation import (
 from turncoat.attacks.inversion.starts import Constant, Uniform
 from turncoat.attacks.inversion.starts import Gaussian as GaussianStart
 from turncoat.attacks.inversion.tabular import TabLeak
+from turncoat.attacks.membership.label_only import LabelOnly
 from turncoat.attacks.membership.lira import LiRA
 from turncoat.attacks.membership.loss_threshold import LossThreshold
+from turncoat.attacks.membership.references import PopulationAttack, ReferenceAttack
+from turncoat.attacks.membership.rmia import RMIA
+from turncoat.attacks.membership.shadow_models import ShadowModels
+from turncoat.attacks.membership.thresholds import (
+    ConfidenceThreshold,
+    EntropyThreshold,
+    ModifiedEntropyThreshold,
+)
 from turncoat.attacks.poisoning.alie import ALIE
 from turncoat.attacks.poisoning.availability import Availability
 from turncoat.attacks.poisoning.boost import Boost
@@ -250,6 +259,16 @@ ATTACKS = {
     "fishing": cited(Fishing(server=ClassFishing(target=1))),
     "loss-threshold": cited(LossThreshold()),
     "lira": cited(LiRA(4), {"num_shadows": 1}),
+    "rmia": cited(RMIA(), {"num_shadows": 1}, {"gamma": 0.0}, {"a": 1.5}),
+    "shadow-models": cited(ShadowModels(2, num_hidden=2), {"num_shadows": 1}, {"num_hidden": 0}),
+    "population-attack": cited(PopulationAttack()),
+    "reference-attack": cited(ReferenceAttack(4), {"num_shadows": 1}),
+    "confidence-threshold": cited(ConfidenceThreshold()),
+    "entropy-threshold": cited(EntropyThreshold()),
+    "modified-entropy-threshold": cited(ModifiedEntropyThreshold()),
+    "label-only": cited(
+        LabelOnly((0.1,), 2), {"num_copies": 0}, {"sigmas": ()}, {"sigmas": (0.0,)}
+    ),
     "label-flip": cited(LabelFlip(0, 2), {"target": 0}, {"share": 1.5}),
     "sign-flip": cited(SignFlip(3.0), {"scale": 0.0}),
     "alie": cited(ALIE(1.5), {"z": -1.0}),

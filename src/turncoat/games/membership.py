@@ -21,10 +21,12 @@ _NEEDED = (("tpr_at_1pct_fpr", 0.01, 100), ("tpr_at_01pct_fpr", 0.001, 10_000))
 class Candidates:
     """Records in random order, half of them trained on: which half is not here.
 
-    ``shadows`` are trained for an attack that asks for them, and None otherwise.
+    ``shadows`` are trained for an attack that asks for them, and None otherwise. The
+    ``population`` is such data as nobody trained on.
     """
 
     candidates: Batch = field(repr=False)
+    population: Batch = field(repr=False)
     shadows: Shadows | None = field(default=None, repr=False)
 
 
@@ -76,7 +78,7 @@ class Membership:
             both = torch.cat([held[inside.to(there)], task.test[axis][outside.to(there)]])
             return both[order.to(there)]
 
-        return Candidates((mixed(0), mixed(1))), order < half
+        return Candidates((mixed(0), mixed(1)), task.population), order < half
 
     def mark(self, guess: Memberships, truth: Tensor, *, rng: Generator) -> Marked:
         scores = guess.scores.detach().cpu().double()
