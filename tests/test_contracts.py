@@ -130,6 +130,7 @@ from turncoat.stages.aggregate.coordinatewise import MeaMed, Median, TrimmedMean
 from turncoat.stages.aggregate.crfl import CRFL
 from turncoat.stages.aggregate.diameter import MDA, MoNNA
 from turncoat.stages.aggregate.dnc import DnC
+from turncoat.stages.aggregate.dp_fedavg import DPFedAvg
 from turncoat.stages.aggregate.flame import FLAME
 from turncoat.stages.aggregate.flanders import FLANDERS
 from turncoat.stages.aggregate.fldetector import FLDetector
@@ -341,6 +342,13 @@ STAGES = {
     "dnc": cited(DnC(2, num_coordinates=50), {"num_byzantine": -1}, {"filter_fraction": 0.0}),
     "sparse-fed": cited(
         SparseFed(fraction_kept=0.1, momentum=0.5), {"num_kept": 3}, {"fraction_kept": 1.5}
+    ),
+    "dp-fedavg": cited(
+        DPFedAvg(max_norm=1.0, noise_multiplier=1.0, expected_cohort=8, quantile=0.5, bits_noise=1),
+        {"max_norm": 0.0},
+        {"expected_cohort": 0},
+        {"quantile": 1.5},
+        {"bits_noise": 0.5},
     ),
     "weak-dp": cited(WeakDP(Mean(), max_norm=1.0), {"max_norm": 0.0}, {"sigma": -1.0}),
     "fl-trust": cited(FLTrust(SGD, 20), {"num_root": 0}),
