@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -18,6 +18,13 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
+from turncoat.attacks.attribute.queries import (
+    CSMIA,
+    LOMIA,
+    FredriksonAttribute,
+    LearnedAttribute,
+    YeomAttribute,
+)
 from turncoat.attacks.backdoor.alternating_minimisation import (
     AlternatingMinimisation,
     ExplicitBoosting,
@@ -105,6 +112,7 @@ from turncoat.federation import (
     PoissonSample,
     WhiteBox,
 )
+from turncoat.games.attributes import AttributeInference
 from turncoat.games.membership import Membership
 from turncoat.games.outcomes import (
     AccuracyLost,
@@ -188,13 +196,28 @@ from turncoat.testing.contracts import (
     value_checks,
 )
 from turncoat.testing.examples import example_task, example_view
-from turncoat.trial import Memberships, Reconstruction
+from turncoat.trial import Attributes, Memberships, Reconstruction
 from turncoat.views import ClientView, CoalitionView, ModelView, ServerView
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 SGD = LocalSGD(0.1, batch_size=4)
 TABLE = breast_cancer(per_client=4)
 POISON = Backdoored(trigger=PixelPattern(2), target=0, share=0.5)
+
+
+PEOPLE_COLUMN = 4
+
+
+@cache
+def people() -> Task:
+    """Return a table of four numbers and a category of two values."""
+    rng = Randomness(0).at("people")
+    rows = torch.randn(60, 6, generator=rng)
+    rows[:, 4], rows[:, 5] = (rows[:, 0] > 0).float(), (rows[:, 0] <= 0).float()
+    rows[::7, 4:] = 1 - rows[::7, 4:]
+    parts = [(rows[i : i + 15], (rows[i : i + 15, 1] > 0).long()) for i in range(0, 60, 15)]
+    model = Model(Built(MLP((4,)), (6,), 2))
+    return Task("people", model, (parts[0], parts[1]), parts[2], public=parts[3])
 
 
 @dataclass(frozen=True)
@@ -205,6 +228,17 @@ class Row:
     refused: tuple[dict[str, Any], ...] = ()
     cites: bool = True
     more: dict[str, Any] = field(default_factory=dict)
+
+
+def about_people(part: Any) -> Row:
+    """Return the row of an attack on one attribute of a table."""
+    question, _ = AttributeInference(PEOPLE_COLUMN).pose(
+        people(), took_part=frozenset({0, 1}), cohort=(0, 1), rng=Randomness(0).at("pose")
+    )
+    view = example_view(ModelView, people())
+    return Row(
+        part, more={"view": view, **{f.name: getattr(question, f.name) for f in fields(question)}}
+    )
 
 
 def trivial(part: Any, *refused: dict[str, Any], **more: Any) -> Row:
@@ -260,6 +294,11 @@ ATTACKS = {
     "fishing": cited(Fishing(server=ClassFishing(target=1))),
     "loss-threshold": cited(LossThreshold()),
     "lira": cited(LiRA(4), {"num_shadows": 1}),
+    "fredrikson-attribute": about_people(FredriksonAttribute()),
+    "yeom-attribute": about_people(YeomAttribute()),
+    "csmia": about_people(CSMIA()),
+    "lomia": about_people(LOMIA()),
+    "learned-attribute": about_people(LearnedAttribute()),
     "rmia": cited(RMIA(), {"num_shadows": 1}, {"gamma": 0.0}, {"a": 1.5}),
     "shadow-models": cited(ShadowModels(2, num_hidden=2), {"num_shadows": 1}, {"num_hidden": 0}),
     "population-attack": cited(PopulationAttack()),
@@ -424,6 +463,14 @@ MODELS = {
 }
 
 GAMES = {
+    "attribute-inference": Row(
+        AttributeInference(PEOPLE_COLUMN),
+        ({"column": -1}, {"num_records": 1}),
+        more={
+            "solve": lambda question, truth: Attributes(torch.eye(2)[truth.values]),
+            "task": people(),
+        },
+    ),
     "membership": trivial(
         Membership(20), {"num_candidates": 3}, solve=lambda question, truth: Memberships(truth)
     ),

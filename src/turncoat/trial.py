@@ -285,3 +285,10 @@ class Memberships:
     """One score per candidate; the higher, the more likely it was trained on."""
 
     scores: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """How likely each value of a hidden attribute is. Shape: ``(records, values)``."""
+
+    scores: Tensor
