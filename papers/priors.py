@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from scipy.stats import wilcoxon
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from turncoat.attacks.inversion.gradient_inversion import GradientInversion
 from turncoat.attacks.inversion.labels import Given
+from turncoat.attacks.inversion.learned import Learned
 from turncoat.federation import Federation, Plain
 from turncoat.games.reconstruction import Pairs, Reconstruct
 from turncoat.messages import Update
@@ -21,10 +23,19 @@ from turncoat.runtimes.simulate import Watch, simulate
 from turncoat.stage import Train
 from turncoat.stages.aggregate.mean import Mean
 from turncoat.task import Batch, Task
+from turncoat.tasks.bundled import digits
 from turncoat.trial import Reconstruction
 from turncoat.views import ServerView
 
 Marks = dict[str, Tensor]  # of each victim, the mean over its images
+_PAIRS = (
+    ("informed", "without"),
+    ("informed", "prior_only"),
+    ("informed", "class_mean"),
+    ("informed", "other_class"),
+    ("other_class", "without"),
+    ("foreign", "without"),
+)
 
 
 @dataclass(frozen=True)
@@ -33,13 +44,23 @@ class WithAndWithout:
 
     Every client is a victim, and all of them hold equally many images; the round numbered
     ``attacked`` is the server's. Victims are paired, and their differences ranked (Wilcoxon, one
-    side). ``other_class`` inverts once more with the labels of the attacker's two classes swapped:
-    whatever it believes to know of a class, it then knows of the other one. With ``known_labels``
-    it is told those of each victim: of two classes the update says one number, which is their
-    balance only if the client's step size is known.
+    side).
+
+    Two controls invert once more with the same prior, made of something else. In ``other_class``
+    the labels of the attacker's two classes are swapped: whatever it believes to know of a class,
+    it then knows of the other one. In ``foreign`` its images are handwritten digits, as many for
+    each class as it had of its own.
+
+    With ``known_labels`` the attacker is told those of each victim: of two classes the update says
+    one number, which is their balance only if the client's step size is known.
 
     Blind guesses stand beside them: the start and the priors deaf to the gradient, and the mean of
     the attacker's images of each label that was recovered.
+
+    Attributes:
+        num_clients: More than the victims, where those are chosen; None for the victims alone.
+        only: The class that all images of a victim are of, and all that the attacker makes its
+            prior of; None for any.
     """
 
     make: Callable[..., Task]
@@ -49,50 +70,68 @@ class WithAndWithout:
     num_victims: int
     per_client: int
     attacked: int = 0
-    other_class: bool = False
+    num_clients: int | None = None
+    only: int | None = None
     known_labels: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, seed: int) -> dict[str, float | str]:
-        task = self.make(self.num_victims, per_client=self.per_client, seed=seed, **self.options)
+        num = self.num_clients or self.num_victims
+        task = self.make(num, per_client=self.per_client, seed=seed, **self.options)
         view = self._view(task, seed)
-        game = Reconstruct(num_victims=self.num_victims)
-        everyone = frozenset(view.senders)
+        game = Reconstruct(num_victims=num)
         question, truth = game.pose(
-            task, took_part=everyone, cohort=view.senders, rng=Randomness(seed).at("pose")
+            task,
+            took_part=frozenset(view.senders),
+            cohort=view.senders,
+            rng=Randomness(seed).at("pose"),
         )
-        own = question.population
+        victims = self._chosen(dict(zip(question.victims, truth.records, strict=True)))
+        records, known = tuple(victims.values()), question.population
+        own = known if self.only is None else _of(known, self.only, known[1])
+        swapped = known[0], 1 - known[1]
+        other = swapped if self.only is None else _of(swapped, self.only, swapped[1])
 
         def marked(attack: GradientInversion, population: Batch) -> tuple[Marks, list[Tensor]]:
+            if isinstance(attack.space, Learned):  # once, and not for each victim
+                space = attack.space.trained(population, Randomness(seed).at("learn"))
+                attack = replace(attack, space=space)
             found: list[Reconstruction] = []
-            for victim, (_, labels) in zip(question.victims, truth.records, strict=True):
+            for victim, (_, labels) in victims.items():
                 if self.known_labels:
                     attack = replace(attack, labels=Given(tuple(labels.tolist())))
                 rng = Randomness(seed).at("attack", victim)
                 found += attack(view, victims=(victim,), population=population, rng=rng)
-            return _marks([f.inputs for f in found], truth.records), [f.labels for f in found]
+            return _marks([f.inputs for f in found], records), [f.labels for f in found]
 
         arms: dict[str, Marks] = {}
-        arms["without"], _ = marked(self.without, own)
+        arms["without"], _ = marked(self.without, known)
         arms["informed"], said = marked(self.informed, own)
         arms["prior_only"], _ = marked(self.informed.prior_only, own)
-        arms["class_mean"] = _marks([_means(own, labels) for labels in said], truth.records)
-        if self.other_class:
-            arms["other_class"], _ = marked(self.informed, (own[0], 1 - own[1]))
+        arms["class_mean"] = _marks([_means(known, labels) for labels in said], records)
+        arms["other_class"], _ = marked(self.informed, other)
+        arms["foreign"], _ = marked(self.informed, _digits_like(own))
         figures: dict[str, float | str] = {}
         for name, marks in arms.items():
             figures |= {f"{k}_{name}": float(v.mean()) for k, v in marks.items()}
-        pairs = [("informed", "without"), ("informed", "prior_only"), ("informed", "class_mean")]
-        if self.other_class:
-            pairs += [("other_class", "without"), ("informed", "other_class")]
-        for a, b in pairs:
+        for a, b in _PAIRS:
             for measure in ("ssim", "psnr_db"):
                 gain = arms[a][measure] - arms[b][measure]
                 figures[f"{measure}_gained_by_{a}_over_{b}"] = float(gain.mean())
                 figures[f"p_that_{a}_is_no_better_than_{b}_in_{measure}"] = _p(gain)
-        truths = [labels.sort().values for _, labels in truth.records]
+        truths = [labels.sort().values for _, labels in records]
         right = [(a.cpu().sort().values == b).float() for a, b in zip(said, truths, strict=True)]
         return {**figures, "label_accuracy": float(torch.cat(right).mean()), "data": task.source}
+
+    def _chosen(self, records: Mapping[int, Batch]) -> dict[int, Batch]:
+        """Return the victims and what they hold."""
+        fit = [v for v, (_, y) in records.items() if self.only is None or (y == self.only).all()]
+        if len(fit) < self.num_victims:
+            raise ValueError(
+                f"WithAndWithout: {len(fit)} of {len(records)} clients hold images of class "
+                f"{self.only} alone, and num_victims is {self.num_victims}: raise num_clients"
+            )
+        return {v: records[v] for v in fit[: self.num_victims]}
 
     def _view(self, task: Task, seed: int) -> ServerView[Update]:
         federation = Federation(train=self.train, channel=Plain(), aggregate=Mean())
@@ -112,6 +151,19 @@ def _marks(guesses: list[Tensor], records: tuple[Batch, ...]) -> Marks:
         values["ssim"].append(ssim(pairs.images, pairs.originals).mean())
         values["psnr_db"].append(psnr(pairs.images, pairs.originals).mean())
     return {name: torch.stack(found) for name, found in values.items()}
+
+
+def _of(population: Batch, only: int, labels: Tensor) -> Batch:
+    """Return the images of one class."""
+    return population[0][labels == only], labels[labels == only]
+
+
+def _digits_like(population: Batch) -> Batch:
+    """Return as many digits as there are images, as large, under the same labels."""
+    inputs, labels = population
+    pixels = digits(1, per_client=len(labels), test_size=1).clients[0][0]
+    grown = interpolate(pixels, size=inputs.shape[2:], mode="bilinear")
+    return grown.expand(-1, inputs.shape[1], -1, -1), labels
 
 
 def _means(population: Batch, labels: Tensor) -> Tensor:

@@ -21,12 +21,15 @@ from scipy import stats
 from torch import Tensor, nn
 
 from papers.adapted import (
-    EXPERIMENTS,
+    ADAPTED,
     FACTORS,
     Adaptations,
+    Hardened,
+    PrivateSmallRobust,
     Setting,
     fraction_of,
     main_effects,
+    perturbed,
     shrunk,
 )
 from turncoat.attacks.inversion.gradient_inversion import GradientInversion
@@ -35,7 +38,7 @@ from turncoat.describe import describe, fingerprint
 from turncoat.messages import Update
 from turncoat.randomness import Randomness, ambient
 from turncoat.stages.train.dpsgd import DPSGD
-from turncoat.stages.train.local import LocalSGD
+from turncoat.stages.train.local import FedSGD, LocalSGD
 from turncoat.task import Batch, Model
 from turncoat.tasks.bundled import digits
 from turncoat.tasks.models import (
@@ -312,7 +315,7 @@ def test_a_shrunk_task_is_the_same_one_with_smaller_images() -> None:
 
 
 def test_the_study_reports_every_effect_on_every_measure() -> None:
-    (shipped,) = EXPERIMENTS
+    shipped, _ = ADAPTED
     assert len(FACTORS) >= 6
     study = Adaptations(
         digits,
@@ -327,9 +330,63 @@ def test_the_study_reports_every_effect_on_every_measure() -> None:
     columns = {"PSNR (dB)", "PSNR over a blind guess (dB)", "SSIM", "identified"}
     columns |= {"membership AUC", "accuracy (points)"}
     for name, column in itertools.product(("activation", "batch size", "trained"), columns):
-        assert isinstance(found[f"effect of adapting: {name} | {column}"], float)
-    assert found["effect of adapting: trained | membership AUC"] == pytest.approx(0, abs=1e-12)
+        lost = found[f"lost by adapting: {name} | {column}"]
+        low, high = (
+            found[f"lost by adapting, interval {end}: {name} | {column}"] for end in ("from", "to")
+        )
+        assert all(isinstance(x, float) for x in (low, lost, high))
+        assert low <= lost <= high  # type: ignore[operator]
+    assert found["lost by adapting: trained | membership AUC"] == pytest.approx(0, abs=1e-12)
     for expectation in shipped.expectations:
-        factor, column = expectation.figure.removeprefix("effect of adapting: ").split(" | ")
+        named = expectation.figure.removeprefix("lost by adapting, interval from: ")
+        factor, column = named.split(" | ")
         assert column in columns
         assert {factor.replace(" ", "_"), f"is_{factor.replace(' ', '_')}"} & set(FACTORS)
+
+
+def test_perturbed_images_stay_near_and_are_harder() -> None:
+    model, (inputs, labels) = model_of(ConvNet((4,), (2,), "tanh")), batch()
+    start = model.initial(RANDOM.at("begin"))
+    hard = perturbed(model, start, (inputs, labels), 0.1, 3)
+    assert float((hard - inputs).abs().max()) <= 0.1 + 1e-6
+    assert float(hard.min()) >= 0 and float(hard.max()) <= 1
+    assert float(model.loss(start, (hard, labels))) > float(model.loss(start, (inputs, labels)))
+
+
+def test_a_hardened_client_trains_on_what_its_model_gets_wrong() -> None:
+    model, data = model_of(ConvNet((4,), (2,), "tanh")), batch()
+    start, plain = model.initial(RANDOM.at("begin")), FedSGD(0.1)
+    hard = perturbed(model, start, data, 0.1, 3), data[1]
+    sent = Hardened(0.1, 3, plain)(model, start, data, rng=RANDOM.at("train"))
+    assert torch.equal(sent.delta, plain(model, start, hard, rng=RANDOM.at("train")).delta)
+
+
+def test_the_grid_has_all_eight_combinations_and_compression_saves_bytes() -> None:
+    grid = PrivateSmallRobust(
+        digits,
+        LocalSGD(0.05, num_epochs=1, batch_size=8),
+        DPSGD(
+            lr=0.1,
+            max_norm=1.0,
+            expected_batch=8,
+            target_epsilon=8.0,
+            delta=1e-5,
+            num_epochs=1,
+        ),
+        FedSGD(0.1),
+        GradientInversion(optimiser=SignedAdam(10), num_images=1, together=True),
+        bits=4,
+        radius=0.05,
+        num_rounds=1,
+        num_victims=2,
+        options={"num_clients": 2, "per_client": 16, "test_size": 40, "model": LeNet5("tanh")},
+        victims_options={"test_size": 40, "model": LeNet5("tanh")},
+    )
+    found = grid(0)
+    cells = [n for n in found if n.startswith("defences: ") and n.endswith("| MB a client sends")]
+    assert len(cells) == 8
+    sent = {n: float(found[n]) for n in cells}
+    whole, small = (
+        sent[f"defences: {w} | MB a client sends"] for w in ("privacy", "privacy + compression")
+    )
+    assert small < 0.2 * whole

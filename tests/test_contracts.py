@@ -73,6 +73,7 @@ from turncoat.attacks.inversion.segmentation import (
     JointMasks,
     LayerCosine,
     MeanImage,
+    NearestMasks,
     Squashed,
 )
 from turncoat.attacks.inversion.starts import Constant, Uniform
@@ -202,6 +203,7 @@ from turncoat.views import ClientView, CoalitionView, ModelView, ServerView
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 SGD = LocalSGD(0.1, batch_size=4)
 TABLE = breast_cancer(per_client=4)
+SLICES = ellipses(3, per_client=2, side=16)
 POISON = Backdoored(trigger=PixelPattern(2), target=0, share=0.5)
 
 
@@ -218,6 +220,15 @@ def people() -> Task:
     parts = [(rows[i : i + 15], (rows[i : i + 15, 1] > 0).long()) for i in range(0, 60, 15)]
     model = Model(Built(MLP((4,)), (6,), 2))
     return Task("people", model, (parts[0], parts[1]), parts[2], public=parts[3])
+
+
+@cache
+def masked_clue() -> Clue:
+    """Return an update of a net that segments."""
+    task = SLICES
+    start = task.model.initial(Randomness(0).at("begin"))
+    update = LocalSGD(0.1)(task.model, start, task.clients[0], rng=Randomness(0).at("train"))
+    return Clue(task.model, start, update.delta, 2, task.population)
 
 
 @dataclass(frozen=True)
@@ -274,8 +285,15 @@ ATTACKS = {
             "population": example_task().population,
         },
     ),
-    "inverting-segmentation": cited(
-        InvertingSegmentation(optimiser=LBFGS(1), num_images=2), {"tv_weight": -1.0}
+    "inverting-segmentation": Row(
+        InvertingSegmentation(optimiser=LBFGS(1), num_images=2),
+        ({"tv_weight": -1.0},),
+        more={
+            "view": example_view(ServerView[Update], SLICES),
+            "victims": (0, 2),
+            "population": SLICES.population,
+            "masks": None,
+        },
     ),
     "tab-leak": Row(
         TabLeak(num_steps=2, num_guesses=2),
@@ -566,6 +584,7 @@ SEARCHED = {  # the parts of an inversion: each is tried in one
         "given": trivial(Given((0, 2)), {"labels": ()}, {"labels": (-1,)}),
         "joint": cited(Joint()),
         "joint-masks": cited(JointMasks(0.1), {"doubt": 0.0}),
+        "nearest-masks": trivial(NearestMasks(0.1), {"doubt": 0.0}, clue=masked_clue),
     },
     "unrolled": {"local-steps": cited(Unrolled(0.1, 2, 1), {"lr": 0.0}, {"batch_size": 0})},
     "space": {
@@ -688,7 +707,7 @@ def normed_clue() -> Clue:
 
 def searched_checks(row: Row, place: str) -> Checks:
     yield from value_checks(row.part, refused=row.refused, cites=row.cites)
-    clue = normed_clue()
+    clue = row.more.get("clue", normed_clue)()
     parts: dict[str, Any] = {
         "objective": Cosine(),
         "optimiser": SignedAdam(2),
@@ -705,7 +724,7 @@ def searched_checks(row: Row, place: str) -> Checks:
 
     def gives_images_and_labels() -> None:
         found = answer()
-        assert found.inputs.shape == clue.shape and found.labels.shape == (2,)
+        assert found.inputs.shape == clue.shape and len(found.labels) == 2
         assert bool(((found.inputs >= 0) & (found.inputs <= 1)).all())
 
     yield "gives_images_and_labels", gives_images_and_labels

@@ -21,6 +21,7 @@ from sklearn.datasets import load_digits
 from torch import Generator, Tensor, nn
 
 from turncoat.attacks.inversion import engine
+from turncoat.attacks.inversion.convolutions import Winograd
 from turncoat.attacks.inversion.engine import (
     CannotCompile,
     Clue,
@@ -338,6 +339,17 @@ def test_a_plateau_cuts_the_step_and_at_last_ends_the_search() -> None:
     assert likeness(found.inputs) > blind() + 10
 
 
+def test_with_few_iterations_a_cosine_comes_further_than_cuts() -> None:
+    found, costs, likenesses = clue(1), [], []
+    for optimiser in (SignedAdam(100), SignedAdam(100, decay="cosine")):
+        guess = invert(found, recipe(optimiser=optimiser), rng=rng())
+        mine = found.model.gradient(found.before, (guess.inputs, guess.labels))
+        costs.append(1 - float(torch.cosine_similarity(mine, -found.delta, dim=0)))
+        likenesses.append(likeness(guess.inputs))
+    assert costs[1] < costs[0]
+    assert likenesses[1] > likenesses[0] + 3
+
+
 def test_an_update_in_other_units_is_the_same_to_the_cosine() -> None:
     found = clue()
     again = replace(found, delta=found.delta * 2.0**-7)
@@ -510,6 +522,25 @@ def test_the_iteration_is_traced_into_one_graph_that_any_victim_can_use(
         for one, other in zip(found, invert_all(clues, eager, rng=rng()), strict=True):
             assert torch.allclose(one.inputs, other.inputs, atol=2e-3)
     assert len(traced) == 3
+
+
+@pytest.mark.parametrize("size", [16, 17])
+def test_convolutions_by_tiles_have_the_derivatives_of_the_usual_ones(size: int) -> None:
+    seed = torch.Generator().manual_seed(0)
+    images = torch.rand((2, 32, size, 20), generator=seed).requires_grad_()
+    weight = torch.randn((33, 32, 3, 3), generator=seed).requires_grad_()
+
+    def slopes() -> list[Tensor]:
+        out = nn.functional.conv2d(images, weight, None, (1, 1), (1, 1), (1, 1), 1)
+        (by_weight,) = torch.autograd.grad(out.tanh().mean(), weight, create_graph=True)
+        return [out, by_weight, *torch.autograd.grad(by_weight.square().sum(), images)]
+
+    usual = slopes()
+    with Winograd():
+        tiled = slopes()
+    assert not torch.equal(usual[0], tiled[0])
+    for one, other in zip(usual, tiled, strict=True):
+        assert float((one - other).detach().abs().max()) < 1e-4 * float(one.detach().abs().max())
 
 
 def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

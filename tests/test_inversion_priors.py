@@ -354,6 +354,17 @@ def test_masks_for_labels_are_left_out_of_a_learned_space() -> None:
     assert space.decode(space.encode(images[:3])).shape == (3, 1, 8, 8)
 
 
+def test_a_model_trained_once_is_the_one_that_each_clue_would_train() -> None:
+    how, own = Learned(num_latents=2, num_steps=2), numbers().population
+    once = how.trained(own, RANDOM.at("learn"))
+    for labels in (torch.tensor([1, 4]), torch.tensor([7])):
+        clue = clue_of(numbers().model, victim(len(labels)))
+        each = space_of(how, own, labels)
+        latents = torch.ones(len(labels), 2)
+        same = once.prepared(clue, labels, RANDOM.at("never used"))
+        assert torch.equal(same.decode(latents), each.decode(latents))
+
+
 def test_the_same_rng_learns_the_same_space_whatever_the_world_drew() -> None:
     spaces: list[Decoded] = []
     for seed in (1, 2):

@@ -26,6 +26,7 @@ from turncoat.attacks.inversion.segmentation import (
     InvertingSegmentation,
     JointMasks,
     LayerCosine,
+    NearestMasks,
 )
 from turncoat.federation import Federation, Plain
 from turncoat.games.slices import ReconstructSlices
@@ -315,6 +316,30 @@ def test_masks_begin_at_what_the_attackers_own_look_like() -> None:
     assert shares.shape == (2, 3, 16, 16)
     common = (task.population[1] == 1).float().mean(dim=0)
     assert torch.allclose(shares[0, 1], common, atol=1e-4)
+
+
+def test_masks_begin_at_that_of_the_attackers_most_alike_in_gradient() -> None:
+    task = small()
+    model, (images, shown) = task.model, task.population
+    start = model.initial(RANDOM.at("begin"))
+    clues = [
+        Clue(model, start, -model.gradient(start, (images[i : i + 1], shown[i : i + 1])), n, held)
+        for i, n, held in ((2, 1, task.population), (0, 2, task.population))
+    ]
+    rule = NearestMasks()
+    first, second = rule.together(clues)
+    assert torch.equal(first.argmax(dim=1), shown[2:3])
+    assert torch.equal(second.argmax(dim=1), shown[:1].expand(2, -1, -1))
+    assert float(first.softmax(dim=1).min()) > 0.02  # no class is ruled out
+    assert torch.equal(rule(clues[0]), first)
+    with pytest.raises(ValueError, match="several states"):
+        rule.together((clues[0], replace(clues[1], before=start + 1)))
+
+
+def test_image_and_mask_come_back_from_the_nearest_mask() -> None:
+    attack = replace(_ATTACK, optimiser=LBFGS(7), labels=NearestMasks())
+    marked = played(small(), FedSGD(0.1), False, attack)
+    assert marked.headline.value > 25 > 20 > marked.headline.baseline
 
 
 def test_fewer_masks_than_images_are_refused() -> None:

@@ -527,6 +527,7 @@ def settle(
         return Failed(f"{type(error).__name__}: {error}"), time.perf_counter() - began
     seconds = time.perf_counter() - began
     write_cell(folder, cell.key, marked, seconds)
+    folder.drafts(cell.key).drop()
     return Scored(marked), seconds
 
 
@@ -585,10 +586,13 @@ def _play(
     question = moved(question, device)
     asked = {f.name: getattr(question, f.name) for f in fields(question)}
     randomness, name = Randomness(seed), fingerprint(trial)
-    guess = call(trial.attack, view, rng=randomness.at("attack" + name), **asked)
+    drafts = folder.drafts(cell.key)
+    rng = randomness.at("attack" + name)
+    guess = call(trial.attack, view, rng=rng, drafts=drafts.of("attack"), **asked)
     if getattr(trial.game, "prior_only", False):
         deaf: Any = getattr(trial.attack, "prior_only")  # noqa: B009
-        alone = call(deaf, view, rng=randomness.at("attack" + name), **asked)
+        rng = randomness.at("attack" + name)
+        alone = call(deaf, view, rng=rng, drafts=drafts.of("prior-only"), **asked)
         guess = tuple(replace(g, prior_only=a.inputs) for g, a in zip(guess, alone, strict=True))
     guess = moved(guess, "cpu")
     return trial.game.mark(guess, truth, rng=randomness.at("mark" + name))

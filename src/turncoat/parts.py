@@ -216,6 +216,7 @@ PARTS: dict[str, dict[str, str]] = {
         "given": f"{_INVERSION}.labels:Given",
         "joint": f"{_INVERSION}.labels:Joint",
         "joint-masks": f"{_INVERSION}.segmentation:JointMasks",
+        "nearest-masks": f"{_INVERSION}.segmentation:NearestMasks",
     },
     "unrolled": {
         "local-steps": f"{_INVERSION}.engine:Unrolled",

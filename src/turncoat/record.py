@@ -22,6 +22,7 @@ import torch
 
 from turncoat import __version__
 from turncoat.coalition import Coalition
+from turncoat.drafts import Drafts
 from turncoat.federation import STAGES, Federation
 from turncoat.graphs import in_words, neighbours_of
 from turncoat.plan import Audit, Plan, Training, rows
@@ -60,6 +61,10 @@ class AuditFolder:
 
     def cell(self, cell: str) -> Path:
         return self.path / "cells" / f"{cell}.json"
+
+    def drafts(self, cell: str) -> Drafts:
+        """Return where an attack keeps what it has done so far."""
+        return Drafts(self.path / "cells" / f"{cell}.part")
 
     def exhibits(self, cell: str) -> Path:
         return self.path / "cells" / f"{cell}.safetensors"
@@ -184,6 +189,7 @@ def planned_record(audit: Audit) -> dict[str, Any]:
                 "says": e.trial.says,
                 "seats": [s for s in rows(audit, e) if s],
                 "members": _members(audit, e.trial.coalition),
+                "server": e.trial.server and repr(e.trial.server),
                 "needs": name_of(e.trial.needs) if isinstance(e.trial, Trial) else "to take part",
             }
             for name, e in audit.entries.items()

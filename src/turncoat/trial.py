@@ -137,7 +137,7 @@ class Trial(Generic[G]):
         if self.server is None:
             object.__setattr__(self, "server", getattr(self.attack, "server", None))
         question = get_args(get_type_hints(type(self.game).pose)["return"])[0]
-        granted = {f.name for f in fields(question)} | {"rng"}
+        granted = {f.name for f in fields(question)} | {"rng", "drafts"}
         code = type(self.attack).__call__
         subject = next(n for n in inspect.signature(code).parameters if n != "self")
         for name in sorted(asks(code)[0] - granted - {subject}):

@@ -13,10 +13,10 @@ from markupsafe import Markup
 from turncoat.report import palette, words
 from turncoat.report.cost import costs
 from turncoat.report.page import css, emphasised, templates
-from turncoat.report.pooled import squares
+from turncoat.report.pooled import Square, squares
 from turncoat.report.ranking import Rank, ranked
 from turncoat.report.record import Record, UnreadableAudit, read
-from turncoat.report.verdict import Verdict, judge
+from turncoat.report.verdict import Matrix, Verdict, judge
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class World:
 
     name: str
     record: Record
+    matrix: Matrix
     verdicts: Mapping[str, Verdict]
     ranks: Mapping[str, Mapping[str, Rank]]  # by seat and defence
 
@@ -50,6 +51,7 @@ def write_overview(folder: Path) -> Path:
     worlds = [_world(f) for f in variants(folder)]
     if not worlds:
         raise UnreadableAudit(f"{folder} holds no variant of an audit: run `turncoat audit` on it")
+    tested = [w for w in worlds if len(w.record.choices) > 1] or worlds
     seats = dict.fromkeys(seat for world in worlds for seat in world.verdicts)
     text = (
         templates()
@@ -60,7 +62,9 @@ def write_overview(folder: Path) -> Path:
             worlds=worlds,
             emphasised=emphasised,
             seats=sorted(seats, key=words.order),
-            rows={seat: _rows(worlds, seat) for seat in seats},
+            tested=tested,
+            rows={seat: _rows(tested, seat) for seat in seats},
+            undefended={seat: _undefended(worlds, seat) for seat in seats},
             step=lambda success: round(success * (palette.HEAT_STEPS - 1)),
         )
     )
@@ -74,7 +78,7 @@ def _world(folder: Path) -> World:
     matrix, prices = squares(record), costs(record)
     found = {v.seat: v for v in judge(record, matrix, prices)}
     ranks = {seat: {r.defence: r for r in ranked(record, matrix, prices, seat)} for seat in found}
-    return World(folder.name, record, found, ranks)
+    return World(folder.name, record, matrix, found, ranks)
 
 
 def _rows(worlds: list[World], seat: str) -> list[tuple[str, list[Rank | None]]]:
@@ -88,6 +92,12 @@ def _rows(worlds: list[World], seat: str) -> list[tuple[str, list[Rank | None]]]
         return len(known) < len(worlds), worst
 
     return sorted(rows, key=left)
+
+
+def _undefended(worlds: list[World], seat: str) -> list[tuple[str, list[Square | None]]]:
+    """Return each attack with its square in every world as it is, before any defence."""
+    names = dict.fromkeys(a for w in worlds for a, s, _ in w.matrix if s == seat)
+    return [(a, [w.matrix.get((a, seat, w.record.defences[0])) for w in worlds]) for a in names]
 
 
 def _shared_title(titles: list[str]) -> str:

@@ -19,6 +19,7 @@ from turncoat.report.gallery import Exhibition, Tensors, exhibition, exhibits
 from turncoat.report.pooled import Square, num_missing, squares
 from turncoat.report.ranking import Rank, ranked
 from turncoat.report.record import Record, Row, read
+from turncoat.report.restored import restored
 from turncoat.report.verdict import (
     NOT_TRIED,
     Matrix,
@@ -106,6 +107,7 @@ def _render(
         css=Markup(css()),
         findings=_findings(record),
         verdicts=judge(record, matrix, prices),
+        restored=[str(r) for r in restored(record, matrix)],
         matrix=matrix,
         emphasised=emphasised,
         groups=_groups(matrix),

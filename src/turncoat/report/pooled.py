@@ -88,6 +88,11 @@ class Square:
         return self.headline.success if self.headline else 0.0
 
     @property
+    def reach(self) -> float:
+        """Its success, were that not cut off below 0 and above 1."""
+        return self.headline.scaled(self.headline.value) if self.headline else 0.0
+
+    @property
     def short(self) -> str:
         """Its figure in half a sentence."""
         if self.headline is None:

@@ -90,9 +90,12 @@ def reach(record: Record, matrix: Matrix, seat: str, defence: str) -> list[Squar
 
 
 def strongest(found: Sequence[Square]) -> Square | None:
-    """Return the attack that went furthest: one that beat its baseline before one that did not."""
+    """Return the attack that went furthest: one that beat its baseline before one that did not.
+
+    Where several got all there is, or nothing, those count that went beyond, or missed by less.
+    """
     scored = [square for square in found if square.status == "scored"]
-    return max(scored, key=lambda square: (square.beats, square.success), default=None)
+    return max(scored, key=lambda s: (s.beats, s.success, s.reach), default=None)
 
 
 def still_can(record: Record, matrix: Matrix, seat: str, defence: str) -> str:

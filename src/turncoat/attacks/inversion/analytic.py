@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from turncoat.activations import read_by
+from turncoat.attacks.inversion.roles import refuse_unusable
 from turncoat.messages import Update
 from turncoat.params import Slot
 from turncoat.task import Batch, Model
@@ -274,6 +275,7 @@ def for_each(
         invert: Of the state that was sent, the change, and how many examples are behind it.
     """
     if isinstance(view, AggregateView):
+        refuse_unusable("the aggregate", view.model, before=view.before, after=view.after)
         return (invert(view.before, view.after - view.before, 1),) * len(victims)
     found = []
     for victim in victims:
@@ -284,6 +286,7 @@ def for_each(
             )
         place = view.senders.index(victim)
         message = view.messages[place]
+        refuse_unusable(f"client {victim}", view.model, sent=view.sent[place], delta=message.delta)
         claimed = min(MAX_IMAGES, max(1, round(message.weight)))
         found.append(invert(view.sent[place], message.delta, claimed))
     return tuple(found)

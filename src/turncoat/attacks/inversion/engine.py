@@ -10,144 +10,53 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Generator, Tensor
-from torch.func import functional_call, grad, vmap
+from torch.func import vmap
 
+from turncoat.attacks.inversion.convolutions import Winograd
+from turncoat.attacks.inversion.gradients import Plain, Together, Way
 from turncoat.attacks.inversion.objectives import Apart, flat
+from turncoat.attacks.inversion.roles import (
+    Clue,
+    LabelRule,
+    Objective,
+    Optimiser,
+    Prior,
+    Seen,
+    Space,
+    Start,
+)
+from turncoat.drafts import Drafts
 from turncoat.randomness import ambient
 from turncoat.stage import asks, call, code_of
-from turncoat.task import Batch, Learner, Model
+from turncoat.task import Learner
 from turncoat.trial import Reconstruction
 from turncoat.validate import at_least, positive
 
+__all__ = [
+    "CannotCompile",
+    "Clue",
+    "LabelRule",
+    "Objective",
+    "Optimiser",
+    "Pixels",
+    "Prior",
+    "Recipe",
+    "Seen",
+    "Space",
+    "Start",
+    "Unrolled",
+    "invert",
+    "invert_all",
+]
+
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Clue:
-    """What one inversion works on.
-
-    Attributes:
-        before: The state that the victim got. Shape: ``(num_params,)``.
-        delta: Its update: a step of descent, or several. Shape: ``(num_params,)``.
-        num_images: How many images are behind it.
-        population: What anybody knows such data to look like.
-    """
-
-    model: Model = field(repr=False)
-    before: Tensor = field(repr=False)
-    delta: Tensor = field(repr=False)
-    num_images: int
-    population: Batch = field(repr=False)
-
-    def __post_init__(self) -> None:
-        due = (self.model.layout.num_params,)
-        for name, vector in (("before", self.before), ("delta", self.delta)):
-            if tuple(vector.shape) != due:
-                raise ValueError(f"Clue: {name} has shape {tuple(vector.shape)}; {due} is due")
-            if not bool(vector.isfinite().all()):
-                raise ValueError(f"Clue: {name} holds NaN or infinity: there is nothing to match")
-        at_least(1, self, num_images=self.num_images)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the guess, images first."""
-        return (self.num_images, *self.population[0].shape[1:])
-
-    @property
-    def gradient(self) -> tuple[Tensor, ...]:
-        """``-delta``, one tensor for each trainable parameter, in the layout's order.
-
-        They lie one after another in one vector, without the buffers.
-        """
-        slots = [s for s in self.model.layout.slots if s.trainable and self._moves(s.name)]
-        whole = torch.cat([-self.delta[s.start : s.stop] for s in slots])
-        return Apart.of(whole, [s.shape for s in slots])
-
-    def _moves(self, name: str) -> bool:
-        moves: bool = self.model.tensors[name].requires_grad
-        return moves
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What one leaf layer read and gave at the guess, with its graph."""
-
-    name: str
-    read: Tensor = field(repr=False)
-    gave: Tensor = field(repr=False)
-
-
-class Objective(Protocol):
-    """How far the guess's gradient is from the one seen: a scalar.
-
-    One tensor for each trainable parameter on either side. One that compares lengths, and so needs
-    to know the client's step size, says ``needs_scale = True``.
-    """
-
-    def __call__(self, guessed: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor: ...
-
-
-class Prior(Protocol):
-    """What images are held to be like: a scalar, multiplied by the prior's own ``weight``.
-
-    Offered: labels (n,), model, before, population; activations (what every leaf layer of the
-    shared model gave at the images, in order) and layers (the same as ``Seen``, with what it read),
-    from the pass that makes the gradient. A prior with ``prepared(clue, labels, rng) -> Prior`` is
-    asked once, before the loop, for the one to use: so are objectives, starts and spaces.
-    """
-
-    def __call__(self, images: Tensor, *args: Any, **asks: Any) -> Tensor: ...
-
-
-class Start(Protocol):
-    """Where a guess begins: pixels in [0, 1]. Offered: rng, labels, population."""
-
-    def __call__(self, shape: tuple[int, ...], *args: Any, **asks: Any) -> Tensor: ...
-
-
-class Space(Protocol):
-    """What is moved, and the images it stands for. Of several guesses, the first axis is theirs."""
-
-    def encode(self, start: Tensor, /) -> Tensor: ...
-
-    def decode(self, variable: Tensor, /) -> Tensor: ...
-
-    def clamp_(self, variable: Tensor, /) -> None: ...
-
-
-class Optimiser(Protocol):
-    """Moves variables in place to where the cost is least.
-
-    ``slope()`` fills the ``grad`` of each variable and returns the cost, of one guess or of several
-    that are moved at once; ``clamp()`` brings the variables back to where they may be. One that
-    cannot move several says ``one_at_a_time = True``.
-    """
-
-    def __call__(
-        self,
-        variables: Sequence[Tensor],
-        slope: Callable[[], Tensor],
-        *,
-        clamp: Callable[[], None],
-        patience: int | None,
-    ) -> None: ...
-
-
-class LabelRule(Protocol):
-    """The labels behind a clue. Shape: ``(n,)``. Offered: rng.
-
-    A rule that returns floats gives the logits of soft labels, ``(n, classes)``, which are moved
-    along with the images.
-    """
-
-    def __call__(self, clue: Clue, *args: Any, **asks: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -244,16 +153,26 @@ def invert(clue: Clue, recipe: Recipe, *, rng: Generator) -> Reconstruction:
 
 
 def invert_all(
-    clues: Sequence[Clue], recipe: Recipe, *, rng: Generator
+    clues: Sequence[Clue], recipe: Recipe, *, rng: Generator, drafts: Drafts | None = None
 ) -> tuple[Reconstruction, ...]:
-    """Return what best explains each of several updates; what they share is made once."""
+    """Return what best explains each of several updates; what they share is made once.
+
+    Args:
+        drafts: Where each is kept as soon as it is done, and read if it is; all that move together
+            are done together.
+    """
     found: list[Reconstruction] = []
     for alike in _alike(clues):
         if any(hasattr(part, "prepared") for part in _parts(recipe)):
             for clue in alike:
-                found += _Search(_prepared(recipe, clue, rng), (clue,))(rng)
+                done = drafts.get(len(found), rng) if drafts else None
+                if done is None:
+                    (done,) = _Search(_prepared(recipe, clue, rng), (clue,))(rng)
+                    if drafts:
+                        drafts.put(len(found), done, rng)
+                found.append(done)
         else:
-            found += _Search(recipe, alike)(rng)
+            found += _Search(recipe, alike)(rng, drafts, len(found))
     return tuple(found)
 
 
@@ -304,21 +223,6 @@ class _Guess:
     target: tuple[Tensor, ...]
 
 
-class _Way(Protocol):
-    """A way to the gradients of a guess."""
-
-    def __call__(
-        self, away: Sequence[Tensor] | None, images: Tensor, labels: Tensor, watch: bool
-    ) -> tuple[Sequence[Tensor], tuple[Seen, ...]]:
-        """Return the gradient of each parameter, and what each layer did if watched.
-
-        At the shared state, or so far ``away`` from it.
-        """
-
-    def layers(self, images: Tensor) -> tuple[Seen, ...]:
-        """Return what each layer does at the images: a pass of its own."""
-
-
 class _Search:
     """All restarts of clues that share a state. It borrows the model's module."""
 
@@ -330,7 +234,10 @@ class _Search:
         self.watch = bool(asked & {"activations", "layers"})
         self.step: Callable[..., tuple[Tensor, ...]] | None = None
 
-    def __call__(self, rng: Generator) -> list[Reconstruction]:
+    def __call__(
+        self, rng: Generator, drafts: Drafts | None = None, first: int = 0
+    ) -> list[Reconstruction]:
+        """Return one for each clue, of which the first has the number ``first`` in the drafts."""
         recipe, model = self.recipe, self.clue.model
         rules = [call(recipe.labels, c, rng=rng) for c in self.clues]
         self.joint = rules[0].is_floating_point()
@@ -338,33 +245,51 @@ class _Search:
         learner = model.learner(self.clue.before)  # the module then holds ``before``
         try:
             with ambient(rng):
-                guesses = self._guesses(rules, rng)
-                for some in [list(guesses)] if recipe.together else ([g] for g in guesses):
-                    for guess, cost, made in zip(some, *self._moved(some, learner), strict=True):
-                        held = best[guess.clue]
-                        if held is None or cost < held[0]:
-                            best[guess.clue] = cost, made
+                if recipe.together:
+                    everyone = [
+                        g for i in range(len(rules)) for g in self._guesses(i, rules[i], rng)
+                    ]
+                    self._keep_best(best, everyone, learner)
+                    return [b[1] for b in best if b is not None]
+                for i, rule in enumerate(rules):
+                    if drafts and (done := drafts.get(first + i, rng)):
+                        best[i] = 0.0, done
+                        continue
+                    for guess in self._guesses(i, rule, rng):
+                        self._keep_best(best, [guess], learner)
+                    if drafts and (held := best[i]):
+                        drafts.put(first + i, held[1], rng)
         finally:
             learner.finish()
         return [b[1] for b in best if b is not None]
 
-    def _guesses(self, rules: Sequence[Tensor], rng: Generator) -> Iterator[_Guess]:
-        recipe = self.recipe
-        for place, (clue, labels) in enumerate(zip(self.clues, rules, strict=True)):
-            target = clue.gradient
-            if recipe.unrolled is not None:
-                whole = flat(target) / recipe.unrolled.lr
-                target = Apart.of(whole, [t.shape for t in target])
-            known = labels.argmax(dim=1) if self.joint else labels
-            for restart in range(recipe.num_restarts):
-                if self.joint and restart:
-                    labels = call(recipe.labels, clue, rng=rng)
-                start = call(
-                    recipe.start, clue.shape, rng=rng, labels=known, population=clue.population
-                )
-                with torch.no_grad():
-                    variable = recipe.space.encode(start.to(clue.before.device)).detach()
-                yield _Guess(place, variable, labels, target)
+    def _keep_best(
+        self,
+        best: list[tuple[float, Reconstruction] | None],
+        guesses: Sequence[_Guess],
+        learner: Learner,
+    ) -> None:
+        for guess, cost, made in zip(guesses, *self._moved(guesses, learner), strict=True):
+            held = best[guess.clue]
+            if held is None or cost < held[0]:
+                best[guess.clue] = cost, made
+
+    def _guesses(self, place: int, labels: Tensor, rng: Generator) -> Iterator[_Guess]:
+        recipe, clue = self.recipe, self.clues[place]
+        target = clue.gradient
+        if recipe.unrolled is not None:
+            whole = flat(target) / recipe.unrolled.lr
+            target = Apart.of(whole, [t.shape for t in target])
+        known = labels.argmax(dim=1) if self.joint else labels
+        for restart in range(recipe.num_restarts):
+            if self.joint and restart:
+                labels = call(recipe.labels, clue, rng=rng)
+            start = call(
+                recipe.start, clue.shape, rng=rng, labels=known, population=clue.population
+            )
+            with torch.no_grad():
+                variable = recipe.space.encode(start.to(clue.before.device)).detach()
+            yield _Guess(place, variable, labels, target)
 
     def _moved(
         self, guesses: Sequence[_Guess], learner: Learner
@@ -383,10 +308,11 @@ class _Search:
             target = tuple(map(stacked, zip(*(g.target for g in guesses), strict=True)))
         variables = (variable, labels) if self.joint else (variable,)
         if self.step is None:
-            way = (_Transformed if several else _Plain)(learner, self.clue.model)
+            way = (Together if several else Plain)(learner, self.clue.model)
             self.step = partial(self._step, way, several)
             if self.recipe.compile:
-                self.step = _compiled(self.step, variable, labels, target)
+                tiled = nullcontext() if several else Winograd()
+                self.step = _compiled(self.step, tiled, variable, labels, target)
         step, last = self.step, torch.empty(0)
 
         def slope() -> Tensor:
@@ -410,7 +336,7 @@ class _Search:
         return last.reshape(-1).tolist(), made
 
     def _step(
-        self, way: _Way, several: bool, variable: Tensor, labels: Tensor, target: tuple[Tensor, ...]
+        self, way: Way, several: bool, variable: Tensor, labels: Tensor, target: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
         """Return objectives, costs, and the slopes of what is moved."""
         variable = variable.detach().requires_grad_()
@@ -426,7 +352,7 @@ class _Search:
         return objective.detach(), total.detach(), *slopes
 
     def _cost(
-        self, way: _Way, variable: Tensor, labels: Tensor, target: tuple[Tensor, ...]
+        self, way: Way, variable: Tensor, labels: Tensor, target: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor]:
         recipe, clue = self.recipe, self.clue
         images = recipe.space.decode(variable)
@@ -447,7 +373,7 @@ class _Search:
         return objective, total
 
     def _gradient(
-        self, way: _Way, images: Tensor, labels: Tensor
+        self, way: Way, images: Tensor, labels: Tensor
     ) -> tuple[Sequence[Tensor], tuple[Seen, ...]]:
         """Return the guess's gradient, or its update in units of the step size."""
         unrolled, watch = self.recipe.unrolled, self.watch
@@ -470,107 +396,17 @@ class _Search:
         return moved, layers
 
 
-class _Plain:
-    """Gradients at the state that the module holds, or a way from it, by ``autograd.grad``."""
-
-    def __init__(self, learner: Learner, model: Model) -> None:
-        self.learner, self.model = learner, model
-        named = model.module.named_parameters()
-        self.leaves: dict[str, Tensor] = {n: p for n, p in named if p.requires_grad}
-
-    def __call__(
-        self, away: Sequence[Tensor] | None, images: Tensor, labels: Tensor, watch: bool
-    ) -> tuple[Sequence[Tensor], tuple[Seen, ...]]:
-        with _watched(self.model, watch) as layers:
-            if away is None:
-                points = list(self.leaves.values())
-                outputs = self.learner.outputs(images)
-            else:
-                points = [p + a for p, a in zip(self.leaves.values(), away, strict=True)]
-                named = dict(zip(self.leaves, points, strict=True))
-                outputs = functional_call(self.model.module, named, (images,))
-        loss = self.model.criterion(outputs, labels)
-        slopes = torch.autograd.grad(loss, points, create_graph=True, materialize_grads=True)
-        return slopes, tuple(layers)
-
-    def layers(self, images: Tensor) -> tuple[Seen, ...]:
-        with _watched(self.model, True) as layers:
-            self.learner.outputs(images)
-        return tuple(layers)
-
-
-class _Transformed:
-    """The same by ``torch.func``, which works under ``vmap``: one pass for several guesses."""
-
-    def __init__(self, learner: Learner, model: Model) -> None:
-        self.model = model
-        named = model.module.named_parameters()
-        self.leaves = {n: p.detach() for n, p in named if p.requires_grad}
-        self.buffers = {n: b.detach() for n, b in model.module.named_buffers()}
-        if not model.module.training:
-            model.module.train()
-
-    def __call__(
-        self, away: Sequence[Tensor] | None, images: Tensor, labels: Tensor, watch: bool
-    ) -> tuple[Sequence[Tensor], tuple[Seen, ...]]:
-        points = tuple(self.leaves.values())
-        if away is not None:
-            points = tuple(p + a for p, a in zip(points, away, strict=True))
-
-        def loss(points: tuple[Tensor, ...]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-            with _watched(self.model, watch) as layers:
-                outputs = self._outputs(points, images)
-            names[:] = [s.name for s in layers]
-            return self.model.criterion(outputs, labels), [(s.read, s.gave) for s in layers]
-
-        names: list[str] = []
-        slopes, seen = grad(loss, has_aux=True)(points)
-        return slopes, tuple(Seen(n, *s) for n, s in zip(names, seen, strict=True))
-
-    def layers(self, images: Tensor) -> tuple[Seen, ...]:
-        with _watched(self.model, True) as layers:
-            self._outputs(tuple(self.leaves.values()), images)
-        return tuple(layers)
-
-    def _outputs(self, points: Sequence[Tensor], images: Tensor) -> Tensor:
-        """Return the outputs; buffers are copies of each guess's own, which it may edit."""
-        own = {
-            n: b + images.flatten()[0].detach().mul(0).to(b.dtype) for n, b in self.buffers.items()
-        }
-        named = dict(zip(self.leaves, points, strict=True)) | own
-        outputs: Tensor = functional_call(self.model.module, named, (images,))
-        return outputs
-
-
-@contextmanager
-def _watched(model: Model, watch: bool) -> Iterator[list[Seen]]:
-    """Yield what every leaf layer reads and gives from here on, in the order of their calls."""
-    layers: list[Seen] = []
-    hooks = []
-    if watch:
-        for name, module in model.module.named_modules():
-            if not any(module.children()):
-
-                def note(_: Any, read: Any, gave: Tensor, name: str = name) -> None:
-                    layers.append(Seen(name, read[0], gave))
-
-                hooks.append(module.register_forward_hook(note))
-    try:
-        yield layers
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def _compiled(
-    step: Callable[..., tuple[Tensor, ...]], *example: Any
+    step: Callable[..., tuple[Tensor, ...]], tiled: AbstractContextManager[Any], *example: Any
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Return the iteration as one compiled graph; both derivatives are traced into it."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     try:
         with warnings.catch_warnings(action="ignore"):  # of the compiler's own, on its first import
-            traced = make_fx(step)(*example)
+            with tiled:
+                step(*example)  # makes the kernels, of which the trace then holds the values
+                traced = make_fx(step)(*example)
             made: Callable[..., tuple[Tensor, ...]] = torch.compile(traced, fullgraph=True)
             made(*example)
     except Exception as error:

@@ -24,7 +24,9 @@ from turncoat.attacks.inversion.labels import Counts, Joint, LowestEntry
 from turncoat.attacks.inversion.objectives import L2, Cosine, Silent
 from turncoat.attacks.inversion.optimisers import LBFGS, SignedAdam
 from turncoat.attacks.inversion.priors import TotalVariation
+from turncoat.attacks.inversion.roles import refuse_unusable
 from turncoat.attacks.inversion.starts import Gaussian, Uniform
+from turncoat.drafts import Drafts
 from turncoat.messages import Update
 from turncoat.task import Batch
 from turncoat.trial import Reconstruction
@@ -88,9 +90,10 @@ class GradientInversion:
         victims: tuple[int, ...],
         population: Batch,
         rng: Generator,
+        drafts: Drafts | None = None,
     ) -> tuple[Reconstruction, ...]:
         clues = [clue_of(view, v, population, self.num_images) for v in victims]
-        return invert_all(clues, self.recipe, rng=rng)
+        return invert_all(clues, self.recipe, rng=rng, drafts=drafts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +150,7 @@ class AggregateInversion:
         population: Batch,
         rng: Generator,
     ) -> tuple[Reconstruction, ...]:
+        refuse_unusable("the aggregate", view.model, before=view.before, after=view.after)
         step = view.after - view.before
         step = step if self.num_clients == 1 else step * self.num_clients
         clue = Clue(view.model, view.before, step, self.num_images, population)
@@ -210,8 +214,9 @@ class InvertingGradients:
         victims: tuple[int, ...],
         population: Batch,
         rng: Generator,
+        drafts: Drafts | None = None,
     ) -> tuple[Reconstruction, ...]:
-        return self.spelt_out(view, victims=victims, population=population, rng=rng)
+        return self.spelt_out(view, victims=victims, population=population, rng=rng, drafts=drafts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,8 +308,9 @@ class DLG:
         victims: tuple[int, ...],
         population: Batch,
         rng: Generator,
+        drafts: Drafts | None = None,
     ) -> tuple[Reconstruction, ...]:
-        return self.spelt_out(view, victims=victims, population=population, rng=rng)
+        return self.spelt_out(view, victims=victims, population=population, rng=rng, drafts=drafts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,8 +348,9 @@ class IDLG:
         victims: tuple[int, ...],
         population: Batch,
         rng: Generator,
+        drafts: Drafts | None = None,
     ) -> tuple[Reconstruction, ...]:
-        return self.spelt_out(view, victims=victims, population=population, rng=rng)
+        return self.spelt_out(view, victims=victims, population=population, rng=rng, drafts=drafts)
 
 
 def clue_of(

@@ -9,6 +9,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import interpolate, silu
 
 from turncoat.attacks.inversion.engine import Clue
+from turncoat.task import Batch
 from turncoat.validate import at_least, positive
 
 
@@ -16,9 +17,10 @@ from turncoat.validate import at_least, positive
 class Learned:
     """Search among the images that a generative model of the attacker's data can make [1]_.
 
-    A convolutional variational autoencoder [2]_ is trained on the population, once for each clue.
-    A guess then is its latent: the search cannot leave what such data look like, which helps where
-    an update says little, or is noisy, and forbids the last detail where it says all.
+    A convolutional variational autoencoder [2]_ is trained on the population, once for each clue;
+    ``trained`` does so ahead, for as many clues as there are. A guess then is its latent: the
+    search cannot leave what such data look like, which helps where an update says little, or is
+    noisy, and forbids the last detail where it says all.
 
     Differs from the paper: a VAE in place of a GAN, which some hundred images would not train; its
     weights stay as trained (the paper goes on to fit them to each update).
@@ -53,20 +55,23 @@ class Learned:
 
         Images of the classes that it knows are told apart; others are decoded as of no class.
         """
-        inputs, own = clue.population
+        return self.trained(clue.population, rng).prepared(clue, labels, rng)
+
+    def trained(self, population: Batch, rng: Generator) -> Trained:
+        """Return the space of a model that is trained once, and serves any number of clues."""
+        inputs, own = population
         if inputs.ndim != 4 or not len(inputs):
             raise ValueError(
                 f"Learned needs images to learn from; the population has inputs of shape "
                 f"{tuple(inputs.shape)}: search the pixels instead"
             )
-        flat = own.ndim == 1 and labels.ndim == 1
-        classes = own.new_tensor(sorted(set(own.tolist())) if flat else [])
+        classes = own.new_tensor(sorted(set(own.tolist())) if own.ndim == 1 else [])
         with torch.random.fork_rng(devices=[]):  # what the constructors draw is drawn again
             net = _VAE(tuple(inputs.shape[1:]), self.num_latents, self.width, len(classes))
         net = net.to(inputs.device)
         _begin(net, rng)
         _train(net, inputs, _one_hot(own, classes), self, rng)
-        return Decoded(net, _one_hot(labels.to(own.device), classes), self.bound)
+        return Trained(net, classes, self.bound)
 
     def encode(self, start: Tensor) -> Tensor:
         raise _unprepared()
@@ -80,6 +85,28 @@ class Learned:
 
 def _unprepared() -> RuntimeError:
     return RuntimeError("Learned works once it is prepared: call prepared() first")
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A model that has learned, before it is known which classes are asked of it."""
+
+    net: _VAE = field(repr=False)
+    classes: Tensor = field(repr=False)  # that it knows
+    bound: float
+
+    def prepared(self, clue: Clue, labels: Tensor, rng: Generator) -> Decoded:
+        """Return the space for guesses of ``labels``; the clue's population is left alone."""
+        return Decoded(self.net, _one_hot(labels.to(self.classes), self.classes), self.bound)
+
+    def encode(self, start: Tensor) -> Tensor:
+        raise _unprepared()
+
+    def decode(self, variable: Tensor) -> Tensor:
+        raise _unprepared()
+
+    def clamp_(self, variable: Tensor) -> None:
+        raise _unprepared()
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +201,7 @@ def _train(net: _VAE, inputs: Tensor, classes: Tensor, how: Learned, rng: Genera
 
 
 def _one_hot(labels: Tensor, classes: Tensor) -> Tensor:
-    """Return a row for each label; all 0 for a class that is not there."""
-    if not len(classes):
-        return torch.zeros(len(labels), 0, device=labels.device)
+    """Return a row for each label; all 0 for a class that is not there, and for a mask."""
+    if labels.ndim > 1 or not len(classes):
+        return torch.zeros(len(labels), len(classes), device=labels.device)
     return (labels[:, None] == classes).float()

@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 
 from turncoat.activations import read_by
 from turncoat.attacks.inversion.analytic import LinearLayer, for_each
+from turncoat.attacks.inversion.roles import refuse_unusable
 from turncoat.messages import Envelope, Update
 from turncoat.stage import Broadcast, call
 from turncoat.task import Batch, Model
@@ -472,6 +473,7 @@ def _read(
     """
     if isinstance(view, ServerView):
         return for_each(view, victims, invert)
+    refuse_unusable("the aggregate", view.model, before=view.before, after=view.after)
     to = getattr(server, "victim", victims[0])
     sent = call(
         server,

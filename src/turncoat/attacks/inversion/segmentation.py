@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import one_hot
 
-from turncoat.attacks.inversion.engine import Clue, LabelRule, Optimiser, invert
+from turncoat.attacks.inversion.engine import Clue, LabelRule, Objective, Optimiser, invert
 from turncoat.attacks.inversion.gradient_inversion import GradientInversion, clue_of
 from turncoat.attacks.inversion.objectives import flat
 from turncoat.attacks.inversion.optimisers import LBFGS
@@ -103,6 +103,52 @@ class JointMasks:
         return start.expand(clue.num_images, *start.shape).clone()
 
 
+@dataclass(frozen=True)
+class NearestMasks:
+    """Soft masks that are searched for from the mask of the attacker's own that fits best.
+
+    Each of the attacker's records is put through the shared model on its own; the one whose
+    gradient is most like the update lends its mask. Where the shares of ``JointMasks`` lead the
+    search astray, a mask that is mostly right does not. All images of an update begin at the same.
+
+    Args:
+        doubt: Added to each class of each pixel, so that none is ruled out.
+        objective: Says how like two gradients are.
+    """
+
+    doubt: float = 0.05
+    objective: Objective = field(default_factory=LayerCosine)
+
+    def __post_init__(self) -> None:
+        at_least(1e-6, self, doubt=self.doubt)
+
+    def __call__(self, clue: Clue) -> Tensor:
+        return self.together((clue,))[0]
+
+    def together(self, clues: Sequence[Clue]) -> tuple[Tensor, ...]:
+        """Return the masks of clues of one state and population: one pass for all of them."""
+        model, before, (images, masks) = clues[0].model, clues[0].before, clues[0].population
+        if masks.ndim == 1:
+            raise ValueError(
+                "NearestMasks looks among the attacker's masks, but its records have one class an "
+                "image: choose a task of segmentation, or other labels"
+            )
+        if not all(torch.equal(c.before, before) for c in clues):
+            raise ValueError("NearestMasks: the updates are of several states; take one at a time")
+        targets = [c.gradient for c in clues]
+        far = torch.empty(len(clues), len(images))
+        for i in range(len(images)):
+            own = model.gradient(before, (images[i : i + 1], masks[i : i + 1]))
+            guessed = replace(clues[0], delta=-own).gradient
+            for row, target in zip(far, targets, strict=True):
+                row[i] = self.objective(guessed, target)
+        with torch.no_grad():
+            one = model.logits(before, images[:1])
+        nearest = one_hot(masks[far.argmin(dim=1).to(masks.device)], one.shape[1])
+        starts = (nearest.movedim(-1, 1).float() + self.doubt).log().to(one)
+        return tuple(s.repeat(c.num_images, 1, 1, 1) for s, c in zip(starts, clues, strict=True))
+
+
 @dataclass(frozen=True, eq=False)
 class GivenMasks:
     """Masks that are known beforehand. Shape: ``(n, height, width)``."""
@@ -116,6 +162,16 @@ class GivenMasks:
                 "lower num_images"
             )
         return self.masks[: clue.num_images].to(clue.before.device)
+
+
+@dataclass(frozen=True, eq=False)
+class _Begun:
+    """Logits of masks to begin at."""
+
+    logits: Tensor = field(repr=False)
+
+    def __call__(self, clue: Clue) -> Tensor:
+        return self.logits.clone()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +188,8 @@ class InvertingSegmentation:
 
     Args:
         tv_weight: Of the total variation.
+        labels: Where the search for the masks begins, if they are not granted: ``NearestMasks``
+            costs a gradient for each of the attacker's records, ``JointMasks`` goes astray more.
         num_images: Images to guess for each victim; None for as many examples as it claims,
             at most 16.
 
@@ -141,6 +199,7 @@ class InvertingSegmentation:
 
     optimiser: Optimiser = field(default_factory=lambda: LBFGS(num_steps=15))
     tv_weight: float = 1e-4
+    labels: LabelRule = field(default_factory=NearestMasks)
     num_images: int | None = None
 
     def __post_init__(self) -> None:
@@ -155,7 +214,7 @@ class InvertingSegmentation:
             priors=(TotalVariation(self.tv_weight),),
             optimiser=self.optimiser,
             start=MeanImage(),
-            labels=JointMasks(),
+            labels=self.labels,
             space=Squashed(),
             num_images=self.num_images,
         )
@@ -174,9 +233,14 @@ class InvertingSegmentation:
         population: Batch,
         rng: Generator,
     ) -> tuple[Reconstruction, ...]:
-        recipe, found = self.spelt_out.recipe, []
-        for place, victim in enumerate(victims):
-            clue = clue_of(view, victim, population, self.num_images)
-            rule: LabelRule = recipe.labels if masks is None else GivenMasks(masks[place])
-            found.append(invert(clue, replace(recipe, labels=rule), rng=rng))
-        return tuple(found)
+        recipe = self.spelt_out.recipe
+        clues = [clue_of(view, v, population, self.num_images) for v in victims]
+        rules: Sequence[LabelRule] = [recipe.labels] * len(clues)
+        if masks is not None:
+            rules = [GivenMasks(m) for m in masks]
+        elif isinstance(recipe.labels, NearestMasks) and clues:
+            rules = [_Begun(m) for m in recipe.labels.together(clues)]
+        return tuple(
+            invert(clue, replace(recipe, labels=rule), rng=rng)
+            for clue, rule in zip(clues, rules, strict=True)
+        )
