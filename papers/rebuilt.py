@@ -306,7 +306,7 @@ _COSINE = Experiment(
     "trained LeNet 18.08 against 13.24 dB, which we only recall and have not read. "
     + _OURS
     + " It is asked for over their L2, over ours with all else equal, and over one whose prior is "
-    "tuned for it as the cosine's is: there we saw 1.9 dB (-1.5 to 5.4) over 8 victims of seed 100.",
+    "tuned for it as the cosine's is: there we saw 1.9 dB (-1.5 to 5.4) for 8 victims of seed 100.",
     (
         Expectation("db_gained_by_cosine_over_L2_by_L-BFGS", at_least=3),
         Expectation("db_gained_by_cosine_over_L2", at_least=3),
