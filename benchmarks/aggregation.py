@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.federation import AGGREGATION, PAGE, ROOT, load, machine
+from benchmarks.federation import AGGREGATION, PAGE, ROOT, load, machine, write_part
 from turncoat.columns import num_cores
 from turncoat.messages import Clear, Update
 from turncoat.parts import PARTS
@@ -463,8 +463,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.write:
         command = " ".join(["python -m benchmarks.aggregation", *(arguments or sys.argv[1:])])
         head = f"## {date.today().isoformat()}: `{command}`"
-        page = PAGE.read_text().partition(AGGREGATION)[0].rstrip()
-        PAGE.write_text("\n".join([page, "", PREFACE, head, "", *lines]))
+        write_part(AGGREGATION, "\n".join([PREFACE, head, "", *lines]))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import argparse
 import multiprocessing
 import os
 import platform
+import re
 import sys
 import tempfile
 import threading
@@ -31,7 +32,7 @@ from benchmarks.contenders import NET, Contender, Flower, Loop, Turncoat, Work
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
-AGGREGATION = "# Aggregation rules"  # the part of the page that benchmarks.aggregation writes
+PARTS = FEDERATION, AGGREGATION, INVERSION = "# Benchmarks", "# Aggregation rules", "# Inversion"
 NUM_EXAMPLES = 60_000  # all of MNIST's training set
 WARM_UP = 1  # rounds that nobody times: workers start in them
 NEVER_PLAYED = 1  # the last one
@@ -293,6 +294,14 @@ def no_flower() -> str | None:
     return None
 
 
+def write_part(heading: str, text: str) -> None:
+    """Replace one benchmark's part of the page; those of the others stay."""
+    page = PAGE.read_text() if PAGE.exists() else ""
+    held = {h: re.search(rf"^{h}$.*?(?=^# |\Z)", page, re.MULTILINE | re.DOTALL) for h in PARTS}
+    parts = {h: found.group(0) for h, found in held.items() if found} | {heading: text}
+    PAGE.write_text("\n\n".join(parts[h].strip() for h in PARTS if h in parts) + "\n")
+
+
 def machine() -> str:
     def of(package: str) -> str:
         with suppress(PackageNotFoundError):
@@ -398,7 +407,7 @@ def measure(repeats: int, quick: bool, with_flower: bool, say: Callable[[str], N
     return [*facts, "", *tables]
 
 
-PREFACE = """# Benchmarks
+PREFACE = f"""{FEDERATION}
 
 How fast a round is, and what memory it takes. `make bench` prints these tables;
 `python -m benchmarks.federation --write` puts them here.
@@ -439,8 +448,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.write:
         command = " ".join(["python -m benchmarks.federation", *(arguments or sys.argv[1:])])
         head = f"## {date.today().isoformat()}: `{command}`"
-        kept = "".join(PAGE.read_text().partition(AGGREGATION)[1:]) if PAGE.exists() else ""
-        PAGE.write_text("\n".join([PREFACE, head, "", *lines, kept]))
+        write_part(FEDERATION, "\n".join([PREFACE, head, "", *lines]))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import torch
 from skimage.data import astronaut
 from torch import Tensor, nn
 
-from benchmarks.federation import PAGE, load, machine
+from benchmarks.federation import INVERSION, PAGE, load, machine, write_part
 from turncoat.attacks.inversion.engine import Clue, Optimiser, Recipe, invert_all
 from turncoat.attacks.inversion.labels import Counts
 from turncoat.attacks.inversion.objectives import Cosine
@@ -415,8 +415,7 @@ def _mean(differences: Tensor, digits: int) -> str:
     return f"{float(differences.mean()):+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
-HEADING = "# Inversion"
-PREFACE = f"""{HEADING}
+PREFACE = f"""{INVERSION}
 
 How fast an iteration of gradient inversion is, and how far it gets. `python -m
 benchmarks.inversion` prints these tables; `--write` puts them here.
@@ -465,8 +464,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.write:
         said = " ".join(["python -m benchmarks.inversion", *(arguments or sys.argv[1:])])
         head = f"## {date.today().isoformat()}: `{said}`"
-        page = PAGE.read_text().partition(HEADING + "\n")[0].rstrip()
-        PAGE.write_text("\n".join([page, "", PREFACE, head, "", *lines, ""]))
+        write_part(INVERSION, "\n".join([PREFACE, head, "", *lines]))
 
 
 if __name__ == "__main__":
