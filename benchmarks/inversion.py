@@ -32,7 +32,7 @@ import torch
 from skimage.data import astronaut
 from torch import Tensor, nn
 
-from benchmarks.federation import INVERSION, PAGE, load, machine, write_part
+from benchmarks.federation import INVERSION, load, machine, write_part
 from turncoat.attacks.inversion.engine import Clue, Optimiser, Recipe, invert_all
 from turncoat.attacks.inversion.labels import Counts
 from turncoat.attacks.inversion.objectives import Cosine
