@@ -19,7 +19,7 @@ from turncoat.columns import by_columns, filled
 from turncoat.params import matrix_of, stack
 
 _TOGETHER = 16  # messages that are summed at once: a sixteenth of the traffic of one at a time
-_COLUMNS = 1 << 15
+_COLUMNS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
