@@ -325,8 +325,8 @@ SEGMENTED = (
         "3 clients x about 830 slices, 8 rounds of one local epoch; without DP SGD at 0.02, batch "
         "16, momentum 0.9; with DP-SGD at 0.15, expected batch 125, momentum 0.9, ε = 8 and "
         "δ = 1e-5 over the whole training. Dice is that of 600 slices of other patients. The unit "
-        "is a slice, not a patient, who has about 13. Neither training was tuned much (of 0.03, 0.1, "
-        "0.15 and 0.5 under DP, on seed 100): a tuned one may lose less.",
+        "is a slice, not a patient, who has about 13. Neither training was tuned much (under DP, "
+        "0.15 of 0.03, 0.1, 0.15 and 0.5, on seed 100): a tuned one may lose less.",
         _SOURCE,
         (
             Expectation("gain_over_mean_image_under_dp_db_high", at_most=1),
