@@ -7,7 +7,7 @@ from importlib import import_module
 
 from papers.ledger import main
 
-LEDGERS = ("foundation", "poisoning")
+LEDGERS = ("foundation", "poisoning", "inversion")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from papers import foundation, ledger, poisoning
+from papers import foundation, inversion, ledger, poisoning
 from papers.__main__ import LEDGERS
 from papers.ledger import Done, Expectation, Experiment, Summary, measure_all, page, record
 from turncoat.describe import fingerprint
@@ -184,7 +184,11 @@ def test_a_changed_package_is_said_to_be_changed(
 # the experiments that ship
 
 
-SHIPPED = {"foundation": foundation.EXPERIMENTS, "poisoning": poisoning.EXPERIMENTS}
+SHIPPED = {
+    "foundation": foundation.EXPERIMENTS,
+    "poisoning": poisoning.EXPERIMENTS,
+    "inversion": inversion.EXPERIMENTS,
+}
 
 
 def test_every_ledger_ships() -> None:

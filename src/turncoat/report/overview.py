@@ -47,8 +47,9 @@ def variants(folder: Path) -> list[Path]:
 
 
 def write_overview(folder: Path) -> Path:
-    """Write ``report.html`` over the reports of all variants in ``folder``."""
-    worlds = [_world(f) for f in variants(folder)]
+    """Write ``report.html`` over the reports of all variants that have cells in ``folder``."""
+    begun = [f for f in variants(folder) if (f / "cells.jsonl").is_file()]  # others may be running
+    worlds = [_world(f) for f in begun]
     if not worlds:
         raise UnreadableAudit(f"{folder} holds no variant of an audit: run `turncoat audit` on it")
     tested = [w for w in worlds if len(w.record.choices) > 1] or worlds
