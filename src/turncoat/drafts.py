@@ -32,10 +32,11 @@ class Drafts:
         try:
             found, _ = read_tensors(self._file(number))
             done = Reconstruction(found["inputs"], found["labels"])
-            rng.set_state(found["rng"])
-            torch.set_rng_state(found["ambient"])
+            own, ambient = found["rng"], found["ambient"]
         except (OSError, KeyError, Unreadable):
             return None
+        rng.set_state(own)
+        torch.set_rng_state(ambient)
         return done
 
     def put(self, number: int, done: Reconstruction, rng: Generator) -> Reconstruction:
