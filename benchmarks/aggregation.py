@@ -2,7 +2,8 @@
 
 Every contender has a process of its own, and all read the same matrix in shared memory. They take
 turns, one call each, as do one read of the matrix and one Gram product: so ratios are of calls that
-were made side by side. The first call of each is left out.
+were made side by side. The first call of each is left out. Between two calls there is a pause: the
+threads of a library spin on for a while after its call, on the cores of whoever is next.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ OURS, NUMPY, TORCH, FLOWER = "Turncoat", "byzfl on NumPy", "byzfl on torch", "Fl
 READ, GRAM = "one read of the matrix", "one Gram product"
 MOST_BYTES = 4 << 30  # that a peer may take: more is not tried
 BYZFL = "byzfl==0.0.11"
+PAUSE = 0.3  # seconds
 
 
 @dataclass(frozen=True)
@@ -157,14 +159,15 @@ def prepared(library: str, rule: str, matrix: Tensor, f: int) -> Callable[[], An
     """Return one call of a rule of a library; its input is made ready before."""
     if library == OURS:
         made, sent = (RULES | others())[rule](f), [Update(row, 1.0) for row in matrix]
+        before, rng = torch.zeros_like(matrix[0]), Randomness(0).at("aggregate")
 
         def ours() -> Any:
             return call(
                 made,
                 sent,
-                rng=Randomness(0).at("aggregate"),
+                rng=rng,
                 memory=Memory[Any](),
-                before=torch.zeros_like(matrix[0]),
+                before=before,
                 cohort=tuple(range(len(sent))),
                 trace=Trace(),
                 verdict=Verdict(),
@@ -326,6 +329,7 @@ def measured(rule: str, n: int, d: int, file: Path, repeats: int, limit: float) 
             stack.callback(callers[library].end)
         for turn in range(repeats + 1):
             for library, caller in list(callers.items()):
+                time.sleep(PAUSE)
                 answer = caller.call(limit + (30 if turn == 0 else 0))
                 if isinstance(answer, str):
                     missing[library] = answer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -15,11 +14,11 @@ from typing import Self, TypeVar
 import torch
 from torch import Tensor
 
-from turncoat.columns import by_columns, filled
-from turncoat.params import matrix_of, stack
+from turncoat.params import stack
 
-_TOGETHER = 16  # messages that are summed at once: a sixteenth of the traffic of one at a time
-_COLUMNS = 1 << 16
+_FEWEST, _MOST = 16, 128  # messages that are summed at once
+_NUMBERS = 1 << 27  # of theirs that are held at once, if these are more than the fewest messages
+_SIDE, _BLOCK = 1 << 14, 1 << 17  # columns of one product, and of what is turned into float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,30 +80,32 @@ class Clear(Revealed):
 
     @classmethod
     def total(cls, messages: Iterable[Self]) -> Self:
-        """Return the weighted mean and the whole weight; 16 messages at a time are summed.
+        """Return the weighted mean and the whole weight, of one message or more.
 
-        Within these in float32, of one to the next in float64, in one vector.
+        Up to 128 messages are summed at once, in float32: fewer, but 16, where 128 would take more
+        than half a gigabyte. From one such group to the next it is in float64.
         """
-        if isinstance(messages, list):
-            listed: list[Self] = messages
-            if (matrix := matrix_of([m.delta for m in listed])) is not None:
-                return _total_of_rows(listed, matrix)
         parts = iter(messages)
-        group = list(islice(parts, _TOGETHER))
-        first, weight = group[0], 0.0
-        total = torch.zeros_like(first.delta, dtype=torch.float64)
-        while group:
-            weights = [m.weight for m in group]
-            shares, some = [_shares(weights, first.delta)], rows(group)
-
-            def add(where: slice, shares: Shares = shares, some: Tensor = some) -> None:
-                _add(total[where], shares, some[:, where])
-
-            deque(by_columns(add, len(total), _COLUMNS), maxlen=0)
-            weight += sum(weights)
-            group = list(islice(parts, _TOGETHER))
-        mean = torch.empty_like(total, dtype=torch.float32)
-        filled(mean, lambda where: total[where].div_(weight or 1.0), _COLUMNS)
+        first = next(parts)
+        together = max(_FEWEST, min(_MOST, _NUMBERS // max(len(first.delta), 1)))
+        group = [first, *islice(parts, together - 1)]
+        shares, weight = _Shares.of(group), sum(m.weight for m in group)
+        total: Tensor | None = None
+        while following := list(islice(parts, together)):
+            if total is None:
+                total = torch.zeros_like(first.delta, dtype=torch.float64)
+            total.add_(shares.product(group), alpha=shares.scale)
+            group, shares = following, _Shares.of(following)
+            weight += sum(m.weight for m in group)
+        mean = shares.product(group)
+        for start in range(0, len(mean), _BLOCK):
+            here = mean[start : start + _BLOCK]
+            exact = torch.mul(
+                here, shares.scale, out=here.new_empty(len(here), dtype=torch.float64)
+            )
+            if total is not None:
+                exact.add_(total[start : start + _BLOCK])
+            torch.div(exact, weight or 1.0, out=here)
         return replace(first, delta=mean, weight=weight)
 
     @property
@@ -138,39 +139,37 @@ class Logits(Clear):
 
 
 C = TypeVar("C", bound=Clear)
-Shares = list[tuple[Tensor, float]]  # of ``_TOGETHER`` messages each, and what they are scaled by
 
 
-def _shares(weights: Sequence[float], like: Tensor) -> tuple[Tensor, float]:
-    """Return weights as shares, and what to multiply their sum by: a power of two, so exactly."""
-    _, exponent = frexp(sum(weights))  # no sum in float32 exceeds the largest row
-    shares = torch.tensor([ldexp(weight, -exponent) for weight in weights]).to(like)
-    return shares, ldexp(1.0, exponent)
+@dataclass(frozen=True, slots=True)
+class _Shares:
+    """Weights as shares: their product times ``scale``, a power of two, is the weighted sum."""
 
+    shares: Tensor
+    scale: float
 
-def _add(total: Tensor, groups: Shares, matrix: Tensor) -> None:
-    """Add weighted sums of the rows, ``_TOGETHER`` at a time: of small whole numbers, exactly."""
-    for i, (shares, scale) in enumerate(groups):
-        total.add_(shares @ matrix[i * _TOGETHER : (i + 1) * _TOGETHER], alpha=scale)
+    @classmethod
+    def of(cls, group: Sequence[Clear]) -> Self:
+        weights = [m.weight for m in group]
+        _, exponent = frexp(sum(weights))  # no sum in float32 exceeds the largest row
+        shares = torch.tensor([ldexp(weight, -exponent) for weight in weights])
+        return cls(shares.to(group[0].delta), ldexp(1.0, exponent))
 
+    def product(self, group: Sequence[Clear]) -> Tensor:
+        """Return the sum of so many shares of each. Shape: ``(num_params,)``.
 
-def _total_of_rows(messages: Sequence[C], matrix: Tensor) -> C:
-    """Return the same total, to the bit, in one pass over a matrix that is there already."""
-    weights = [m.weight for m in messages]
-    starts = range(0, len(weights), _TOGETHER)
-    groups = [_shares(weights[i : i + _TOGETHER], matrix) for i in starts]
-    weight = 0.0
-    for i in starts:
-        weight += sum(weights[i : i + _TOGETHER])
-
-    def mean(where: slice) -> Tensor:
-        block = matrix[:, where]
-        total = block.new_zeros(block.shape[1], dtype=torch.float64)
-        _add(total, groups, block)
-        return total.div_(weight or 1.0)
-
-    found = filled(matrix.new_empty(matrix.shape[1]), mean, _COLUMNS)
-    return replace(messages[0], delta=found, weight=weight)
+        Many products of some columns, side by side: one of all of them takes half as long again.
+        """
+        matrix = rows(group)
+        found = torch.empty_like(group[0].delta)
+        whole = len(found) // _SIDE * _SIDE
+        if whole:
+            columns = matrix[:, :whole].view(len(matrix), -1, _SIDE).transpose(0, 1)
+            shares = self.shares.expand(len(columns), 1, -1)
+            torch.bmm(shares, columns, out=found[:whole].view(-1, 1, _SIDE))
+        if whole < len(found):
+            torch.mv(matrix[:, whole:].T, self.shares, out=found[whole:])
+        return found
 
 
 def rows(messages: Sequence[Clear]) -> Tensor:
