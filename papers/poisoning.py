@@ -188,15 +188,20 @@ _STEALTH = Experiment(
             num_stealth_steps=1,
             rho=0.5,
             stop_loss=0.05,
+            max_spread=1.8,
         ),
         ExplicitBoosting(poison=_ONE_RECORD, inner=_LOCAL),
         source=5,
         target=7,
         first=4,
-        num_rounds=64,
+        num_rounds=124,
         options={"num_clients": 10, "per_client": 200, "model": _SMALL},
     ),
-    "MLP with 64 hidden units, 10 clients x 200 images, iid; client 0 attacks from round 4 to 63. "
+    "MLP with 64 hidden units, 10 clients x 200 images, iid; client 0 attacks from round 4 to 123. "
+    "What it sends stays within 1.8 times the spread that it expects of honest updates: the factor "
+    "and the rounds were chosen by trials with seeds 0 to 2 (a factor of 1.6 had been seen with "
+    "seeds 10 and 13 too; without the bound, over 60 rounds, the distance check was passed in 0.87 "
+    "of the rounds, 0.77 to 0.97, with a confidence of 0.93, 0.81 to 1.04). "
     "A check is passed where its gap exceeds the largest of an honest client in that round by no "
     "more than 0.15; an attack has won where the new global model's confidence in the attacker's "
     "class is 0.9. Plain boosting goes quiet once it has won: so the rounds until then are asked "

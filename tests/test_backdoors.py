@@ -22,6 +22,7 @@ from turncoat.attacks.backdoor.alternating_minimisation import (
     ExplicitBoosting,
     boosts,
     estimated,
+    pulled_back,
 )
 from turncoat.attacks.backdoor.blind import BlindBackdoor
 from turncoat.attacks.backdoor.constrain_and_scale import ConstrainAndScale, distance_slope
@@ -578,6 +579,27 @@ def first_slope(attack: AlternatingMinimisation) -> Tensor:
     }
     run(replace(attack, inner=Noted()), cell)
     return slopes[0]
+
+
+def test_a_bounded_attacker_sends_nothing_farther_out_than_it_may() -> None:
+    others = 0.01 * torch.randn(start().shape, generator=RANDOM.at("others"))
+    before = start() - others * 4 / 5
+    cell = {"": {"round": 2, "start": before, "sent": torch.zeros_like(others), "cohort": 5}}
+    free = run(ALTERNATING, dict(cell)).delta
+    far = float((free - others).norm() / others.norm()) / 2  # 2 is the root of the others
+    near = run(replace(ALTERNATING, max_spread=far / 2), dict(cell)).delta
+    assert float((near - others).norm()) == pytest.approx(far * float(others.norm()), rel=1e-4)
+    assert torch.cosine_similarity(near - others, free - others, dim=0) > 1 - 1e-5
+    assert torch.equal(run(replace(ALTERNATING, max_spread=far * 1.01), dict(cell)).delta, free)
+
+
+@given(st.integers(1, 9), st.floats(0, 10), st.integers(0, 99))
+def test_what_is_pulled_back_is_within_the_radius(size: int, radius: float, seed: int) -> None:
+    delta, centre = torch.randn(2, size, generator=torch.Generator().manual_seed(seed)).double()
+    found = pulled_back(delta, centre, radius)
+    assert float((found - centre).norm()) <= radius * (1 + 1e-9) + 1e-15
+    if float((delta - centre).norm()) <= radius:
+        assert torch.equal(found, delta)
 
 
 def test_the_others_mean_update_follows_from_two_states_and_ones_own() -> None:

@@ -73,6 +73,8 @@ class AlternatingMinimisation:
 
     Differs from the paper: where the client was not in the round before, its own honest update is
     the estimate; the paper's has none in its first round. Malicious steps stop at ``stop_loss``.
+    The distance can be bounded besides, for its penalty bounds nothing, and what passes in an
+    early round is far out in a late one, where the honest have come together.
 
     Args:
         poison: What it plants: the records to be misjudged.
@@ -86,6 +88,10 @@ class AlternatingMinimisation:
         weights_only: Whether biases, and other vectors, are not boosted.
         stop_loss: No malicious step where the planted records' loss at the attacker's own model is
             no higher.
+        max_spread: How far from the estimate it sends at most, in units of
+            ``sqrt(others) * ||estimate||``: what is farther out is pulled back. So far is an honest
+            update expected to be where what they share is small beside what they do not. None for
+            no bound.
 
     .. [1] Bhagoji et al., ICML 2019, sections 3.3 and 3.4. https://arxiv.org/abs/1811.12470
     """
@@ -99,9 +105,10 @@ class AlternatingMinimisation:
     boost: float | None = None
     weights_only: bool = True
     stop_loss: float = 0.0
+    max_spread: float | None = None
 
     def __post_init__(self) -> None:
-        positive(self, lr=self.lr, boost=self.boost)
+        positive(self, lr=self.lr, boost=self.boost, max_spread=self.max_spread)
         at_least(1, self, num_stealth_steps=self.num_stealth_steps)
         at_least(0, self, rho=self.rho, validation_weight=self.validation_weight)
         at_least(0, self, stop_loss=self.stop_loss)
@@ -122,9 +129,10 @@ class AlternatingMinimisation:
         )
         offers |= {"rng": rng, "envelope": envelope}
         estimate = estimated(memory.last({}), start, envelope)
-        if estimate is None and self.rho:
+        spread = (len(envelope.cohort) - 1) ** 0.5
+        if estimate is None and (self.rho or self.max_spread is not None):
             honest: Update = call(self.inner, model, start, clean, memory=Memory(), **offers)
-            estimate = honest.delta
+            estimate, spread = honest.delta, 1.0
         size = model.layout.num_trainable
         boost = float(len(envelope.cohort)) if self.boost is None else self.boost
         trained = train_steered(
@@ -143,15 +151,18 @@ class AlternatingMinimisation:
             memory=memory.inner,
             **offers,
         )
+        delta = trained.delta
+        if self.max_spread is not None and estimate is not None:
+            delta = pulled_back(delta, estimate, self.max_spread * spread * float(estimate.norm()))
         memory.keep(
             {
                 "round": envelope.round,
                 "start": start.detach().clone(),
-                "sent": trained.delta.clone(),
+                "sent": delta.clone(),
                 "cohort": len(envelope.cohort),
             }
         )
-        return replace(trained, weight=float(len(data[1])))
+        return replace(trained, delta=delta, weight=float(len(data[1])))
 
 
 class _Alternating(SteeredLearner):
@@ -193,6 +204,13 @@ def boosts(layout: Layout, boost: float, weights_only: bool, like: Tensor) -> Te
         if slot.trainable and (len(slot.shape) > 1 or not weights_only):
             factors[slot.start : slot.stop] = boost
     return factors
+
+
+def pulled_back(delta: Tensor, centre: Tensor, radius: float) -> Tensor:
+    """Return what is no farther from ``centre`` than ``radius``, in L2, in the same direction."""
+    away = delta - centre
+    distance = float(away.norm())
+    return delta if distance <= radius else centre + away * (radius / distance)
 
 
 def estimated(kept: dict[str, Any], start: Tensor, envelope: Envelope) -> Tensor | None:
