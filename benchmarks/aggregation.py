@@ -54,6 +54,7 @@ READ, GRAM = "one read of the matrix", "one Gram product"
 MOST_BYTES = 4 << 30  # that a peer may take: more is not tried
 BYZFL = "byzfl==0.0.11"
 PAUSE = 0.3  # seconds
+_TOO_LONG = "took more than {} s"
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ class Caller:
         try:
             self._pipe.send(None)
             if not self._pipe.poll(limit_seconds):
-                return f"took more than {limit_seconds:.0f} s"
+                return _TOO_LONG.format(f"{limit_seconds:.0f}")
             answer: list[Call] | str = self._pipe.recv()
         except (EOFError, BrokenPipeError):
             return "ended early"
@@ -306,6 +307,11 @@ class Row:
         best = [min(c.core_seconds for c in self.calls[name]) for name in (OURS, of)]
         return best[0] / best[1] if best[1] else None
 
+    def outlasted(self, name: str) -> float | None:
+        """Return the seconds that another was given, if it needed more."""
+        found = re.fullmatch(_TOO_LONG.replace("{}", r"(\d+)"), self.absent.get(name, ""))
+        return float(found[1]) if found else None
+
     def milliseconds(self, name: str) -> float:
         return 1e3 * median(c.seconds for c in self.calls[name])
 
@@ -390,6 +396,13 @@ def promises(rows: Sequence[Row], n: int, d: int) -> list[str]:
                 lines.append(
                     f"- {row.rule}: {ratio:.3f} times {target.of}; at most {target.most:.3f} is "
                     f"promised: {verdict}. By core-seconds it is {row.work(target.of) or 0:.3f}."
+                )
+            elif (least := row.outlasted(target.of)) and OURS in row.calls:
+                most = row.milliseconds(OURS) / 1e3 / least
+                verdict = "met" if most <= target.most else "not known"
+                lines.append(
+                    f"- {row.rule}: less than {most:.3f} times {target.of}, which was ended after "
+                    f"{least:.0f} s; at most {target.most:.3f} is promised: {verdict}."
                 )
     for row in rows if (n, d) == PROMISED_AT else ():
         peaks = [c.peak_bytes for c in row.calls.get(OURS, ()) if c.peak_bytes is not None]
