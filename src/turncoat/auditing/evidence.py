@@ -117,9 +117,7 @@ def audited(
     ]
     alone = 1 - (1 - confidence) / len(groups)
     mu = max(_mu(scores[group], included[group], alone) for group in groups.values())
-    return Audited(
-        claimed, delta, confidence, len(scores), tuple(bounds), epsilon_of_mu(mu, delta)
-    )
+    return Audited(claimed, delta, confidence, len(scores), tuple(bounds), epsilon_of_mu(mu, delta))
 
 
 def check_claim(claimed: float, delta: float, confidence: float) -> None:
@@ -142,10 +140,7 @@ def _bound(
 
 def _mu(scores: Tensor, included: Tensor, confidence: float) -> float:
     """Return a lower bound on mu: one half of the canaries chooses the threshold for the other."""
-    chosen, judged = (
-        (scores[part::2], included[part::2])
-        for part in (0, 1)
-    )
+    chosen, judged = ((scores[part::2], included[part::2]) for part in (0, 1))
     if not 0 < int(judged[1].sum()) < len(judged[1]):
         return 0.0
     threshold = max(_thresholds(*chosen))[1]
