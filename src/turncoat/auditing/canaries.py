@@ -137,7 +137,8 @@ class Probes(nn.Module):
         return torch.stack(list(self._outputs(inputs))).sum(dim=0)
 
     def _outputs(self, inputs: Tensor) -> Iterator[Tensor]:
-        for layer, part in zip(self.layers, inputs.split(self.width, dim=1), strict=True):
+        parts = torch.split(inputs, self.width, dim=1)
+        for layer, part in zip(self.layers, parts, strict=True):
             yield layer(part)
 
 

@@ -17,12 +17,17 @@ _SHARES = (0.2, 0.8)  # of the canaries that are guessed: weak leaks show at the
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """One reading of the scores, and the epsilon that it refutes all values below of."""
+    """One reading of the scores, and the lower bound on epsilon that comes of it.
+
+    Attributes:
+        most: What it would be, were every guess right.
+    """
 
     reading: str
     num_guesses: int
     num_right: int
     epsilon: float
+    most: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,11 @@ class Audited:
         return self.best.epsilon
 
     @property
+    def most(self) -> float:
+        """Return the largest bound that so many canaries could have proved."""
+        return max(bound.most for bound in self.bounds)
+
+    @property
     def refuted(self) -> bool:
         """Say whether the claimed epsilon is contradicted."""
         return self.epsilon > self.claimed
@@ -74,6 +84,10 @@ class Audited:
             f"{self.epsilon:.3g} with {self.confidence:.0%} confidence ({best.num_right} of "
             f"{best.num_guesses} guesses right, {best.reading}, {self.num_canaries} canaries)"
         )
+        if self.most <= self.claimed:
+            text += (
+                f"; {self.num_canaries} canaries cannot prove more than {self.most:.3g}: take more"
+            )
         if self.sampling_p_value is None:
             return text
         rate = "contradicted" if self.missampled else "not contradicted"
@@ -134,8 +148,11 @@ def _bound(
     k = max(1, int(share * len(scores) / 2))
     order = scores.argsort(stable=True)
     right = int(included[order[-k:]].sum()) + int((~included[order[:k]]).sum())
-    epsilon = one_run_epsilon(len(scores), 2 * k, right, delta=delta, confidence=confidence)
-    return Bound(f"{name}, {share:.0%}", 2 * k, right, epsilon)
+    epsilon, most = (
+        one_run_epsilon(len(scores), 2 * k, hits, delta=delta, confidence=confidence)
+        for hits in (right, 2 * k)
+    )
+    return Bound(f"{name}, {share:.0%}", 2 * k, right, epsilon, most)
 
 
 def _mu(scores: Tensor, included: Tensor, confidence: float) -> float:

@@ -93,7 +93,7 @@ def _task(canaries: Diracs, included: Tensor) -> Task:
     there = torch.cat([included, others]).nonzero().flatten()
     if not len(there):
         raise ValueError(f"{canaries!r} leaves no client: give it more canaries, or others")
-    clients = Shards.of((inputs, kinds), there.split(1))
+    clients = Shards.of((inputs, kinds), torch.split(there, 1))
     return Task("canaries", canaries.model(), clients, test=(inputs[:1], kinds[:1]))
 
 

@@ -202,4 +202,5 @@ def _gradients(model: Model, params: Tensor, data: Batch) -> Tensor:
 
 def _shortened(rows: Tensor, max_norm: float) -> Tensor:
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return rows * (max_norm / norms.clamp(min=1e-12)).clamp(max=1.0)
+    factors: Tensor = (max_norm / norms.clamp(min=1e-12)).clamp(max=1.0)
+    return rows * factors
