@@ -7,9 +7,11 @@ chance prove nothing), oracle (gradients by autograd, SciPy's binomial test, acc
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import cache
 from math import exp
+from pathlib import Path
 from typing import Any
 
 import dp_accounting
@@ -189,18 +191,24 @@ def test_impossible_batches_are_refused(sizes: list[int]) -> None:
         poisson_p_value(sizes, 1000, 0.1)
 
 
+def test_the_code_on_the_page_runs() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "auditing.md").read_text("utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    exec(code, {})
+
+
 def federation(rule: Any, **stages: Any) -> Any:
     return Federation(**{"train": LocalSGD(0.1), "channel": Plain(), "aggregate": rule} | stages)
 
 
-CLIENTS = Diracs(400, 200)
+CLIENTS = Diracs(400, 0)
 SAMPLED = {"sample": PoissonSample(0.25)}
 CLIENT_SIGMA = noise_for(1.0, DELTA, 0.25, 12)
 
 
 def test_noise_that_is_scaled_for_all_clients_is_caught_and_for_the_cohort_is_not() -> None:
     broken = NoiseForAll(
-        max_norm=1.0, noise_multiplier=CLIENT_SIGMA, expected_cohort=60, num_clients=600
+        max_norm=1.0, noise_multiplier=CLIENT_SIGMA, expected_cohort=50, num_clients=500
     )
     assert spent(CLIENT_SIGMA / 10, 0.25, 12) > 4
     options: dict[str, Any] = {
@@ -212,12 +220,12 @@ def test_noise_that_is_scaled_for_all_clients_is_caught_and_for_the_cohort_is_no
     }
     caught = audit_federation(federation(broken, **SAMPLED), **options)
     assert caught.refuted and not caught.missampled
-    right = DPFedAvg(max_norm=1.0, noise_multiplier=CLIENT_SIGMA, expected_cohort=60)
-    for seed in range(4):
+    right = DPFedAvg(max_norm=1.0, noise_multiplier=CLIENT_SIGMA, expected_cohort=50)
+    for seed in range(2):
         found = audit_federation(federation(right, **SAMPLED), seed=seed, **options)
         assert not found.refuted
-    twice = audit_federation(federation(right, sample=PoissonSample(0.3)), **options)
-    assert twice.missampled
+    more = audit_federation(federation(right, sample=PoissonSample(0.4)), **options)
+    assert more.missampled
 
 
 def test_a_tree_of_noise_stays_below_its_epsilon_and_without_noise_it_is_caught() -> None:
