@@ -34,9 +34,9 @@ def audit_trainer(
     call should be one step: what is wrong from step to step is seen only from call to call.
 
     The bound holds with ``confidence``, whatever the trainer does, for neighbours that differ in
-    one record: there, or all zeros, which to sums of gradients is the same as not there. That none is found above the
-    claim proves nothing: an error that costs less than the audit can see stays hidden, and one of
-    the sampling rate is tested for itself.
+    one record: there, or all zeros, which to sums of gradients is the same as not there. That none
+    is found above the claim proves nothing: an error that costs less than the audit can see stays
+    hidden, and one of the sampling rate is tested for itself.
 
     Args:
         train: Called as any stage at train; it is given the model of ``canaries``.
