@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from scipy.stats import norm
@@ -12,6 +13,7 @@ from torch import Tensor
 from turncoat.metrics.auditing import epsilon_of_mu, mu_of_rates, one_run_epsilon
 from turncoat.validate import positive
 
+_bound_of = lru_cache(maxsize=4096)(one_run_epsilon)
 _SHARES = (0.2, 0.8)  # of the canaries that are guessed: weak leaks show at the ends alone
 
 
@@ -149,7 +151,7 @@ def _bound(
     order = scores.argsort(stable=True)
     right = int(included[order[-k:]].sum()) + int((~included[order[:k]]).sum())
     epsilon, most = (
-        one_run_epsilon(len(scores), 2 * k, hits, delta=delta, confidence=confidence)
+        _bound_of(len(scores), 2 * k, hits, delta=delta, confidence=confidence)
         for hits in (right, 2 * k)
     )
     return Bound(f"{name}, {share:.0%}", 2 * k, right, epsilon, most)
