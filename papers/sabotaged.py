@@ -59,8 +59,9 @@ SABOTAGED = (
         "In 95 % of runs or more the audit of a correct trainer stays below the ε it claims.",
         _CORRECT,
         "The same audit of this package's DP-SGD and DP-FedAvg, with the noise of ε = 0.5, 1, 2, "
-        f"4 and 8, 20 steps, and no records but the 1,000 canaries; {_CORRECT.num_runs} runs of the first and {_CORRECT.num_federations} of the "
-        "second for each ε and seed.",
+        "4 and 8; 20 steps, and no records but the 1,000 canaries. "
+        f"{_CORRECT.num_runs} runs of the first and {_CORRECT.num_federations} of the second for "
+        "each ε and seed.",
         _OURS,
         (
             Expectation("share_of_runs_below_the_claim", at_least=0.95),
