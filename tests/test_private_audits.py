@@ -8,7 +8,7 @@ chance prove nothing), oracle (gradients by autograd, SciPy's binomial test, acc
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from math import exp
 from pathlib import Path
@@ -19,10 +19,14 @@ import numpy as np
 import pytest
 import torch
 from dp_accounting.pld import PLDAccountant
+from opacus.grad_sample import GradSampleModule
+from opacus.optimizers import DPOptimizer
 from scipy.stats import binom, binomtest
 from torch import Generator, Tensor, nn
 
-from papers.audited import sum_epsilon
+from papers import sabotaged
+from papers.audited import RIGHT, RIGHT_RULE, SLIGHT, Correct, Sabotaged, sum_epsilon
+from papers.ledger import Summary
 from turncoat.auditing import Audited, Diracs, audit_federation, audit_trainer, poisson_p_value
 from turncoat.auditing.evidence import audited
 from turncoat.federation import Federation, Plain, PoissonSample
@@ -191,10 +195,80 @@ def test_impossible_batches_are_refused(sizes: list[int]) -> None:
         poisson_p_value(sizes, 1000, 0.1)
 
 
+@dataclass(frozen=True)
+class PlainOpacus:
+    """One step by Opacus as its users take it, around the module that the audit gives."""
+
+    noise_multiplier: float
+
+    def __call__(self, model: Model, start: Tensor, data: Batch, *, rng: Generator) -> Update:
+        views = model.layout.split(start)
+        with torch.no_grad():
+            for name, parameter in model.module.named_parameters():
+                parameter.copy_(views[name])
+        chosen = torch.rand(len(data[1]), generator=rng) < RATE
+        wrapped = GradSampleModule(model.module.train())
+        optimiser = DPOptimizer(
+            torch.optim.SGD(wrapped.parameters(), lr=1.0),
+            noise_multiplier=self.noise_multiplier,
+            max_grad_norm=1.0,
+            expected_batch_size=int(RATE * len(data[1])),
+            generator=rng,
+        )
+        torch.autograd.backward(model.criterion(wrapped(data[0][chosen]), data[1][chosen]))
+        optimiser.step()
+        optimiser.zero_grad()
+        wrapped.to_standard_module()
+        return Update(model.layout.flatten(model.module) - start, 1.0)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+def test_someone_elses_trainer_is_audited_as_it_is() -> None:
+    options: dict[str, Any] = {"num_rounds": 10, "rate": RATE, "canaries": Diracs(500, 500)}
+    sigma = noise_for(1.0, DELTA, RATE, 10)
+    right = audit(PlainOpacus(sigma), **options)
+    assert not right.refuted and not right.missampled
+    assert audit(PlainOpacus(sigma / 10), **options).refuted
+
+
 def test_the_code_on_the_page_runs() -> None:
     page = (Path(__file__).parents[1] / "docs" / "auditing.md").read_text("utf-8")
     (code,) = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
     exec(code, {})
+
+
+def test_the_published_table_says_what_caught_each_and_how_often(tmp_path: Path) -> None:
+    measure, correct = Sabotaged(), sabotaged.SABOTAGED[1].measure
+    assert isinstance(correct, Correct)
+    broken = {
+        f"audit: {name} | {column}": asdict(Summary.of((value, value + 0.1)))
+        for name in measure.names
+        for column, value in (
+            ("true, at least", 4.0 if name != RIGHT else 1.0),
+            ("lower bound", 0.95 if name != RIGHT else 0.5),
+            ("p of the rate", 0.5 if name != SLIGHT else -0.1),
+            ("canaries", 1000.0),
+            ("seconds", 1.0),
+        )
+    }
+    fine = {
+        f"{head}: {name} | {c:g}": asdict(Summary.of((0.1, 0.2)))
+        for head in ("lower bound", "largest lower bound", "if Gaussian")
+        for name in (RIGHT, RIGHT_RULE)
+        for c in correct.epsilons
+    }
+    shares = ("share_of_runs_below_the_claim", "share_of_runs_whose_sampling_is_doubted")
+    fine |= {name: asdict(Summary.of((0.5, 1.0))) for name in shares}
+    known: dict[str, Any] = {
+        "sabotaged-trainers": {"figures": broken},
+        "correct-trainers-audited": {"figures": fine, "seeds": [10, 11]},
+    }
+    rows = {row.split(" | ")[0]: row for row in sabotaged.table(known).splitlines()}
+    assert "| nothing |" in rows[f"| {RIGHT}"]
+    assert "the audit, 1 of 2 runs; the binomial test of batch sizes, 2 of 2" in rows[f"| {SLIGHT}"]
+    assert "Below the claim: 75.0% of 120 runs" in sabotaged.summary(known)
+    sabotaged.draw(known, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
 def federation(rule: Any, **stages: Any) -> Any:
