@@ -75,6 +75,12 @@ def test_the_noise_has_the_deviation_that_the_guarantee_assumes() -> None:
     assert abs(float(torch.corrcoef(torch.stack([drawn, other]))[0, 1])) < 4 / sqrt(SIZE)
 
 
+def test_a_round_without_clients_releases_noise_of_the_same_size() -> None:
+    rule = replace(EXACT, noise_multiplier=0.7)
+    alone = step(rule, torch.zeros(0, SIZE))
+    assert torch.allclose(alone, step(rule, torch.zeros(2, SIZE)), atol=1e-7)
+
+
 @pytest.mark.parametrize("first", [0.1, 100.0])
 def test_the_bound_finds_the_median_norm_within_200_rounds(first: float) -> None:
     rule = DPFedAvg(

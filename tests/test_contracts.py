@@ -140,6 +140,7 @@ from turncoat.stages.aggregate.crfl import CRFL
 from turncoat.stages.aggregate.diameter import MDA, MoNNA
 from turncoat.stages.aggregate.dnc import DnC
 from turncoat.stages.aggregate.dp_fedavg import DPFedAvg
+from turncoat.stages.aggregate.dp_ftrl import DPFTRL
 from turncoat.stages.aggregate.flame import FLAME
 from turncoat.stages.aggregate.flanders import FLANDERS
 from turncoat.stages.aggregate.fldetector import FLDetector
@@ -406,6 +407,12 @@ STAGES = {
         {"expected_cohort": 0},
         {"quantile": 1.5},
         {"bits_noise": 0.5},
+    ),
+    "dp-ftrl": cited(
+        DPFTRL(max_norm=1.0, noise_multiplier=1.0, expected_cohort=8, restart_every=4),
+        {"max_norm": 0.0},
+        {"expected_cohort": 0},
+        {"restart_every": 0},
     ),
     "weak-dp": cited(WeakDP(Mean(), max_norm=1.0), {"max_norm": 0.0}, {"sigma": -1.0}),
     "fl-trust": cited(FLTrust(SGD, 20), {"num_root": 0}),

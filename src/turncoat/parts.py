@@ -98,6 +98,7 @@ PARTS: dict[str, dict[str, str]] = {
         "sparse-fed": f"{_STAGES}.aggregate.sparsefed:SparseFed",
         "weak-dp": f"{_STAGES}.aggregate.weak_dp:WeakDP",
         "dp-fedavg": f"{_STAGES}.aggregate.dp_fedavg:DPFedAvg",
+        "dp-ftrl": f"{_STAGES}.aggregate.dp_ftrl:DPFTRL",
         "fl-trust": f"{_STAGES}.aggregate.fltrust:FLTrust",
         "fools-gold": f"{_STAGES}.aggregate.foolsgold:FoolsGold",
         "flame": f"{_STAGES}.aggregate.flame:FLAME",

@@ -1,8 +1,10 @@
 """The federation's epsilon, composed from what its stages say of themselves.
 
-A stage that adds noise has a ``unit`` and an ``event(num_records)``: what one call costs. All that
-is downstream of it is post-processing; a wrapper around it must say that it does not mix clients,
-and what prepares the records that it keeps each of them (``keeps_records``).
+A stage that adds noise has a ``unit`` and an ``event(num_records)``: what one call costs. Where
+calls do not compose by themselves it has a ``training_event(num_records, num_rounds)`` too, which
+counts for all of them, and is not amplified. All that is downstream of it is post-processing; a
+wrapper around it must say that it does not mix clients, and what prepares the records that it keeps
+each of them (``keeps_records``).
 """
 
 from __future__ import annotations
@@ -94,6 +96,10 @@ def guarantees(
                 found.append(Unproven(noisy.unit, _UNPROVEN_IN_A_GRAPH[place].format(noisy)))
             continue
         rate = getattr(federation.sample, "rate", None)
+        if hasattr(noisy, "training_event"):
+            whole = noisy.training_event(num_records, num_rounds)
+            found.append(_compose(noisy, whole, 1, delta, frozenset(seats)))
+            continue
         if noisy.unit is Unit.CLIENT and rate is not None:  # Poisson; others are not amplified
             from dp_accounting import PoissonSampledDpEvent
 

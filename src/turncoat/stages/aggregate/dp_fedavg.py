@@ -125,6 +125,8 @@ class DPFedAvg:
             else:
                 delta[:size] *= min(1.0, bound / max(norm, 1e-12))
             total += delta
+        if not len(total):  # nobody came: noise is released all the same
+            total = torch.zeros(model.layout.num_params, dtype=torch.float64)
         return total, below
 
     def _moved(self, bound: float, below: int, rng: Generator) -> float:
