@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import exp, log
@@ -15,16 +12,16 @@ import torch
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 from scipy.optimize import brentq
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from turncoat.messages import Update
 from turncoat.privacy import Unit
 from turncoat.stage import Plan
-from turncoat.task import Batch, Learner, Model
+from turncoat.stages.train.book_keeping import clipped_sum
+from turncoat.task import Batch, Model
 from turncoat.validate import at_least, exactly_one, positive
 
-_EXAMPLES = 64  # whose gradients are held at a time
 _ORDERS = (*range(2, 33), 64, 128, 256, 512)  # of Rényi's divergence; whole ones are quick
 _TOLERANCE = 1e-3  # of the logarithm of the noise multiplier
 
@@ -96,18 +93,17 @@ class DPSGD:
             _refuse_coupled_loss(model, start, data)
         learner, frozen = model.learner(start), _frozen(model)
         here, velocity = learner.trainable, torch.zeros_like(learner.trainable)
-        with _per_example(model.module):
-            for _ in range(num_steps):
-                draw = torch.rand(len(labels), generator=rng, dtype=torch.float64) < rate
-                noise = torch.randn(here.shape, generator=rng).to(here.device)
-                chosen = draw.nonzero().flatten().to(inputs.device)
-                total = clipped_sum(model, learner, (inputs[chosen], labels[chosen]), self.max_norm)
-                total.add_(noise, alpha=sigma * self.max_norm)
-                for where in frozen:
-                    total[where] = 0
-                velocity.mul_(self.momentum).add_(total, alpha=1 / expected)
-                with torch.no_grad():
-                    here.add_(velocity, alpha=-self.lr)
+        for _ in range(num_steps):
+            draw = torch.rand(len(labels), generator=rng, dtype=torch.float64) < rate
+            noise = torch.randn(here.shape, generator=rng).to(here.device)
+            chosen = draw.nonzero().flatten().to(inputs.device)
+            total = clipped_sum(model, learner, (inputs[chosen], labels[chosen]), self.max_norm)
+            total.add_(noise, alpha=sigma * self.max_norm)
+            for where in frozen:
+                total[where] = 0
+            velocity.mul_(self.momentum).add_(total, alpha=1 / expected)
+            with torch.no_grad():
+                here.add_(velocity, alpha=-self.lr)
         return Update(learner.finish().sub_(start), float(self.expected_batch))
 
     def schedule(self, num_records: int) -> tuple[float, int]:
@@ -169,30 +165,6 @@ def noise_for(epsilon: float, delta: float, rate: float, num_steps: int) -> floa
     return exp(root + _TOLERANCE)  # the root is no further off, and more noise costs less
 
 
-def clipped_sum(model: Model, learner: Learner, data: Batch, max_norm: float) -> Tensor:
-    """Return the sum of the examples' gradients, each shortened to ``max_norm`` at most.
-
-    The learner's module must wear Opacus' hooks. Shape: ``(num_trainable,)``.
-    """
-    total = torch.zeros_like(learner.trainable)
-    slots = {s.name: slice(s.start, s.stop) for s in model.layout.slots}
-    for inputs, labels in zip(*(torch.split(part, _EXAMPLES) for part in data), strict=True):
-        if not len(labels):  # an empty draw; its noise is released all the same
-            continue
-        learner.backward((inputs, labels))
-        parts: list[tuple[slice, Tensor]] = []
-        for name, parameter in model.module.named_parameters():
-            sample: Any = getattr(parameter, "grad_sample", None)
-            if sample is not None:
-                parts.append((slots[name], sample.flatten(1)))
-                parameter.grad_sample = None  # type: ignore[attr-defined]
-        norms = torch.stack([torch.linalg.vector_norm(g, dim=1) for _, g in parts]).norm(dim=0)
-        factors = (max_norm / norms.clamp(min=1e-12)).clamp(max=1.0)
-        for where, gradients in parts:
-            total[where] += factors @ gradients
-    return total
-
-
 def _frozen(model: Model) -> list[slice]:
     """Return where the parameters lie that do not train, and take no noise either."""
     still = {n for n, p in model.module.named_parameters() if not p.requires_grad}
@@ -227,24 +199,6 @@ def _refuse_coupled_loss(model: Model, start: Tensor, data: Batch) -> None:
             f"DPSGD has no guarantee for {model.criterion!r}: its value for several examples is "
             "not the mean of its values for each; use a criterion that averages over examples"
         )
-
-
-@contextmanager
-def _per_example(module: nn.Module) -> Iterator[None]:
-    """Let every backward pass leave one gradient for each example, as ``grad_sample``."""
-    from opacus.grad_sample import GradSampleHooks  # here, for it takes a second to import
-
-    hooks = GradSampleHooks(module, loss_reduction="mean")
-    try:
-        with warnings.catch_warnings():  # inputs need no gradient: torch warns, Opacus copes
-            warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            yield
-    finally:
-        hooks.cleanup()
-        for layer in module.modules():  # left over where a pass did not reach its end
-            for name in ("activations", "max_batch_len"):
-                if name in vars(layer):
-                    delattr(layer, name)
 
 
 def _event(sigma: float, rate: float, num_steps: int) -> dp_accounting.DpEvent:
