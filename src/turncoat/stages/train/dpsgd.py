@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import exp, log
@@ -16,14 +17,18 @@ from torch import Generator, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from turncoat.messages import Update
-from turncoat.privacy import Unit
+from turncoat.privacy import Unit, loose
 from turncoat.stage import Plan
 from turncoat.stages.train.book_keeping import clipped_sum
 from turncoat.task import Batch, Model
-from turncoat.validate import at_least, exactly_one, positive
+from turncoat.validate import at_least, exactly_one, fraction, positive
 
 _ORDERS = (*range(2, 33), 64, 128, 256, 512)  # of Rényi's divergence; whole ones are quick
 _TOLERANCE = 1e-3  # of the logarithm of the noise multiplier
+
+
+class LooseDelta(UserWarning):
+    """A δ at which an ε says little."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,11 @@ class DPSGD:
         at_least(1, self, expected_batch=self.expected_batch)
         at_least(1, self, num_steps=self.num_steps, num_epochs=self.num_epochs)
         at_least(0, self, noise_multiplier=self.noise_multiplier)
+        if self.noise_multiplier == 0 and self.target_epsilon is not None:
+            raise ValueError(
+                f"DPSGD: without noise ε is infinite, and not {self.target_epsilon:g}: leave out "
+                "noise_multiplier, and the target settles it, or leave out target_epsilon"
+            )
         exactly_one(
             self, noise_multiplier=self.noise_multiplier, target_epsilon=self.target_epsilon
         )
@@ -118,9 +128,17 @@ class DPSGD:
         return _event(self._sigma(), *self.schedule(num_records))
 
     def planned(self, plan: Plan) -> DPSGD:
-        """Return it with the least noise that keeps the target for the smallest client."""
+        """Return it with the least noise that keeps the target for the smallest client.
+
+        Raises:
+            ValueError: If the model has a layer for which there is no guarantee.
+        """
+        if plan.model is not None:
+            refuse_coupled_examples(plan.model)
         if self.target_epsilon is None or self.delta is None:
             return self
+        if doubt := loose(self.delta, sum(plan.sizes), self.unit):
+            warnings.warn(f"DPSGD: {doubt}", LooseDelta, stacklevel=2)
         smallest = min((size for size in plan.sizes if size), default=1)
         rate, num_steps = self.schedule(smallest)
         sigma = noise_for(self.target_epsilon, self.delta, rate, num_steps * plan.num_rounds)
@@ -141,7 +159,13 @@ def noise_for(epsilon: float, delta: float, rate: float, num_steps: int) -> floa
 
     By privacy loss distributions, rounded to the safe side; the bound of Rényi, loose but quick,
     is where the search begins.
+
+    Raises:
+        ValueError: If ``epsilon`` is not above 0, or ``delta`` not between 0 and 1.
     """
+    positive("noise_for", epsilon=epsilon, delta=delta)
+    fraction("noise_for", delta=delta, rate=rate)
+    at_least(1, "noise_for", num_steps=num_steps)
     interval = min(1e-2, 5e-4 * epsilon)
 
     def spent(sigma: float, accountant: Any) -> float:
