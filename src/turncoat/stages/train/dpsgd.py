@@ -33,7 +33,7 @@ class LooseDelta(UserWarning):
 
 @dataclass(frozen=True)
 class DPSGD:
-    """Clip each example's gradient, add Gaussian noise, step [1]_.
+    """Clip each example's gradient, add Gaussian noise, step [1]_; see ``book_keeping`` for how.
 
     Formal guarantee: one round is ``num_steps`` Poisson-sampled Gaussian mechanisms, and rounds
     compose, for neighbours that differ by one example added or removed. Nothing is gained from
