@@ -9,7 +9,7 @@ Differs from the paper: layers that see several vectors (convolutions, sequences
 of a few examples at a time written out, since norms from products of products would cancel, and a
 norm that is rounded down is a clip that does not hold.
 
-.. [1] Bu et al., ICML 2023 (book-keeping), section 3. https://arxiv.org/abs/2210.00038
+.. [1] Bu et al., ICML 2023, the BK algorithm. https://arxiv.org/abs/2210.00038
 """
 
 from __future__ import annotations
