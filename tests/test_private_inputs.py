@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from turncoat.attacks.membership.loss_threshold import LossThreshold
+from turncoat.audit import run_audit
 from turncoat.explain import explained
 from turncoat.federation import Federation, Plain
 from turncoat.games.membership import Membership
@@ -22,6 +23,7 @@ from turncoat.metrics.ranking import ROC
 from turncoat.plan import Audit, Entry
 from turncoat.privacy import Private, Unit, guarantees, loose
 from turncoat.randomness import Randomness
+from turncoat.report.page import write_report
 from turncoat.runtimes.simulate import simulate
 from turncoat.stage import Plan, Train
 from turncoat.stages.aggregate.dp_fedavg import DPFedAvg
@@ -132,6 +134,12 @@ def test_a_delta_of_one_in_all_records_is_warned_of() -> None:
 def test_an_audit_says_so_of_the_delta_that_it_states(delta: float, doubted: bool) -> None:
     lines = "\n".join(explained(audit(RULE, task(), delta)))
     assert ("is not below 1 / 20 records" in lines) is doubted
+
+
+def test_so_does_its_report(tmp_path: Path) -> None:
+    run_audit(audit(RULE, task(), 0.5), tmp_path / "doubted")
+    page = write_report(tmp_path / "doubted").read_text(encoding="utf-8")
+    assert "is not below 1 / 20 records, so that publishing one of them keeps to it" in page
 
 
 def test_for_clients_it_is_their_number_that_counts() -> None:

@@ -239,6 +239,7 @@ def defence_record(audit: Audit, name: str, federation: Federation[Any, Any]) ->
                 "epsilon": g.epsilon if isinstance(g, Private) else None,
                 "delta": g.delta if isinstance(g, Private) else None,
                 "against": sorted(g.against) if isinstance(g, Private) else [],
+                "doubt": _doubt(g, audit.task),
                 "text": "; ".join(filter(None, (str(g), _doubt(g, audit.task)))),
             }
             for g in found
