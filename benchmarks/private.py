@@ -417,9 +417,9 @@ disk; the attack itself is left out.
 
 - *plain loop*: an `nn.Module` and `torch.optim.SGD`, model after model; *two bare loops*: half of
   the models each, the floor under any two processes.
-- *Privacy Meter's loop, as described*: v2 is on no package index (PyPI has 1.0.1 of 2023, without
-  it), so its `train_models` is written anew from what it is read to do: loaders, a look at the
-  other records after each epoch, a file for each model. It is no measurement of their code.
+- *Privacy Meter's loop, as described*: PyPI has 1.0.1 of 2023 and not the repository of 2025, so
+  its `train_models` is written anew from what it is read to do: loaders, a look at the other
+  records after each epoch, a file for each model. It is no measurement of their code.
 """
 
 
