@@ -24,6 +24,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.flower
 	-$(BIN)/pip install --quiet --no-deps byzfl==0.0.11
 	$(BIN)/python -m benchmarks.aggregation
+	$(BIN)/python -m benchmarks.private
 
 reproduce: $(READY)
 	$(BIN)/python -m papers

@@ -32,7 +32,12 @@ from benchmarks.contenders import NET, Contender, Flower, Loop, Turncoat, Work
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
-PARTS = FEDERATION, AGGREGATION, INVERSION = "# Benchmarks", "# Aggregation rules", "# Inversion"
+PARTS = FEDERATION, AGGREGATION, INVERSION, PRIVATE = (
+    "# Benchmarks",
+    "# Aggregation rules",
+    "# Inversion",
+    "# Private training",
+)
 NUM_EXAMPLES = 60_000  # all of MNIST's training set
 WARM_UP = 1  # rounds that nobody times: workers start in them
 NEVER_PLAYED = 1  # the last one

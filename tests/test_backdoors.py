@@ -791,6 +791,21 @@ class OwnLoss:
 
 
 @dataclass(frozen=True)
+class Hooked:
+    """Training that takes gradients apart by hooks while the learner goes back."""
+
+    def __call__(self, model: Model, start: Tensor, data: Batch) -> Update:
+        learner = model.learner(start)
+        hook = model.module.register_forward_hook(lambda *_: None)
+        try:
+            learner.backward(data)
+        finally:
+            hook.remove()
+            learner.finish()
+        return Update(torch.zeros_like(start), 1.0)
+
+
+@dataclass(frozen=True)
 class NoLearner:
     """Training that asks for no learner."""
 
@@ -808,7 +823,9 @@ PRIVATE = DPSGD(0.1, 1.0, 20, noise_multiplier=1.0)
 
 
 @pytest.mark.parametrize("attack", STEERED, ids=lambda a: type(a).__name__)
-@pytest.mark.parametrize("inner", [PRIVATE, OwnLoss(), NoLearner()], ids=lambda i: type(i).__name__)
+@pytest.mark.parametrize(
+    "inner", [PRIVATE, Hooked(), OwnLoss(), NoLearner()], ids=lambda i: type(i).__name__
+)
 def test_an_inner_training_that_would_not_be_steered_is_refused(attack: Any, inner: Any) -> None:
     with pytest.raises(ValueError, match="LocalSGD"):
         run(replace(attack, inner=inner))
@@ -818,7 +835,7 @@ def test_blind_code_refuses_training_by_single_examples_and_reaches_that_without
     None
 ):
     model, data = BLIND(task().model), task().clients[0]
-    for training in (PRIVATE, OwnLoss()):
+    for training in (PRIVATE, Hooked(), OwnLoss()):
         with pytest.raises(ValueError, match="would have no effect"):
             call(training, model, start(), data, rng=RANDOM.at("train"))
     poisoned, honest = (NoLearner()(m, start(), data).delta for m in (model, task().model))

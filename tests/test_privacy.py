@@ -31,7 +31,8 @@ from turncoat.stages.aggregate.mean import Mean
 from turncoat.stages.aggregate.norm_bound import NormBound
 from turncoat.stages.aggregate.optimisers import ServerMomentum
 from turncoat.stages.channel.secure_aggregation import SecureAggregation
-from turncoat.stages.train.dpsgd import DPSGD, _per_example, clipped_sum, noise_for
+from turncoat.stages.train.book_keeping import clipped_sum
+from turncoat.stages.train.dpsgd import DPSGD, noise_for
 from turncoat.stages.train.local import Clipped, FedSGD, LocalSGD
 from turncoat.task import Batch, Model
 
@@ -82,8 +83,7 @@ def vectors(n: int, seed: int = 0) -> Batch:
 
 def summed(model: Model, params: Tensor, data: Batch, max_norm: float) -> Tensor:
     learner = model.learner(params)
-    with _per_example(model.module):
-        total = clipped_sum(model, learner, data, max_norm)
+    total = clipped_sum(model, learner, data, max_norm)
     learner.finish()
     return total
 

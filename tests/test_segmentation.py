@@ -36,7 +36,8 @@ from turncoat.randomness import Randomness
 from turncoat.runtimes.simulate import simulate
 from turncoat.stage import Plan
 from turncoat.stages.aggregate.mean import Mean
-from turncoat.stages.train.dpsgd import DPSGD, _per_example, clipped_sum
+from turncoat.stages.train.book_keeping import clipped_sum
+from turncoat.stages.train.dpsgd import DPSGD
 from turncoat.stages.train.local import FedSGD, LocalSGD
 from turncoat.task import Model, Task
 from turncoat.tasks.models import Built
@@ -141,8 +142,7 @@ def test_per_example_gradients_are_those_of_a_loop() -> None:
     singly = [model.gradient(start, (data[0][i : i + 1], data[1][i : i + 1])) for i in range(3)]
     expected = sum(g * min(1.0, 0.5 / float(g.norm())) for g in singly)
     learner = model.learner(start)
-    with _per_example(model.module):
-        total = clipped_sum(model, learner, data, 0.5)
+    total = clipped_sum(model, learner, data, 0.5)
     learner.finish()
     assert isinstance(expected, Tensor)
     assert torch.allclose(total, expected[: len(total)], atol=1e-5)

@@ -113,6 +113,23 @@ def guarantees(
     return tuple(found)
 
 
+def loose(delta: float, num: int, unit: Unit) -> str | None:
+    """Return why a δ says little for ``num`` records or clients; None where it is below 1 / num.
+
+    Whoever publishes one of them whole, chosen by lot, keeps to any ε at a δ of 1 / num.
+
+    >>> loose(0.01, 100, Unit.RECORD)
+    'δ = 0.01 is not below 1 / 100 records, so that publishing one of them keeps to it: lower delta'
+    >>> loose(1e-5, 100, Unit.RECORD)
+    """
+    if delta * num < 1:
+        return None
+    return (
+        f"δ = {delta:g} is not below 1 / {num:,} {unit}s, so that publishing one of them keeps to "
+        "it: lower delta"
+    )
+
+
 def _compose(
     noisy: Any, event: Any, num_rounds: int, delta: float, seats: frozenset[str]
 ) -> Private | Unproven:

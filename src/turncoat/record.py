@@ -26,11 +26,12 @@ from turncoat.drafts import Drafts
 from turncoat.federation import STAGES, Federation
 from turncoat.graphs import in_words, neighbours_of
 from turncoat.plan import Audit, Plan, Training, rows
-from turncoat.privacy import Private, guarantees
+from turncoat.privacy import Private, Unit, Unproven, guarantees, loose
 from turncoat.randomness import Randomness
 from turncoat.runtimes.saved import replacing, write_tensors
 from turncoat.stage import Plan as Schedule
 from turncoat.stage import within
+from turncoat.task import Task
 from turncoat.trial import Blocked, Marked, Measurement, Sabotage, Scored, Trial, name_of
 
 SCHEMA_VERSION = 1
@@ -202,7 +203,7 @@ def planned_record(audit: Audit) -> dict[str, Any]:
 def defence_record(audit: Audit, name: str, federation: Federation[Any, Any]) -> dict[str, Any]:
     """Return what one column of the matrix is, sees and guarantees, as JSON."""
     base = next(iter(audit.federations.values()))
-    fitted = federation.planned(Schedule(audit.num_rounds, audit.task.sizes))
+    fitted = federation.planned(Schedule(audit.num_rounds, audit.task.sizes, audit.task.model))
     found = guarantees(
         fitted,
         num_records=min(audit.task.sizes),
@@ -238,13 +239,22 @@ def defence_record(audit: Audit, name: str, federation: Federation[Any, Any]) ->
                 "epsilon": g.epsilon if isinstance(g, Private) else None,
                 "delta": g.delta if isinstance(g, Private) else None,
                 "against": sorted(g.against) if isinstance(g, Private) else [],
-                "text": str(g),
+                "doubt": _doubt(g, audit.task),
+                "text": "; ".join(filter(None, (str(g), _doubt(g, audit.task)))),
             }
             for g in found
         ],
         "sees": {seat: [name_of(k) for k in kinds] for seat, kinds in federation.views().items()},
         "simulated": sorted(simulated),
     }
+
+
+def _doubt(guarantee: Private | Unproven, task: Task) -> str | None:
+    """Return why a guarantee says little, if it does: its δ is too large for those it covers."""
+    if not isinstance(guarantee, Private):
+        return None
+    num = len(task.clients) if guarantee.unit is Unit.CLIENT else sum(task.sizes)
+    return loose(guarantee.delta, num, guarantee.unit)
 
 
 def write_records(folder: Path) -> None:

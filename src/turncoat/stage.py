@@ -299,10 +299,12 @@ class Plan:
     Attributes:
         num_rounds: How many rounds will be run.
         sizes: The number of examples of each client, honest clients' and traitors' alike.
+        model: What is trained, for stages that cannot train every model; None where that is open.
     """
 
     num_rounds: int
     sizes: tuple[int, ...]
+    model: Model | None = field(default=None, repr=False)
 
 
 def planned(stage: Any, plan: Plan) -> Any:

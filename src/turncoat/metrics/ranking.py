@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import sqrt
+from math import ceil, sqrt
 from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
 from turncoat.metrics.intervals import Interval, clopper_pearson
+
+_ROUNDING = 1e-9  # of a rate times a number
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +21,12 @@ class ROC:
     Attributes:
         fpr: Share of the ``outs`` flagged. Shape: ``(thresholds,)``, float64, rising from 0 to 1.
         tpr: Share of the ``ins`` flagged, at the same thresholds.
+        num_outs: How many ``outs`` there are; None where only the curve is known.
     """
 
     fpr: Tensor = field(repr=False)
     tpr: Tensor = field(repr=False)
+    num_outs: int | None = None
 
     @classmethod
     def of(cls, ins: Tensor, outs: Tensor) -> ROC:
@@ -34,15 +38,24 @@ class ROC:
         true = hits[last_of_tie].double()
         false = torch.arange(1, len(scores) + 1)[last_of_tie] - true
         start = torch.zeros(1, dtype=torch.float64)
-        return cls(torch.cat([start, false / len(outs)]), torch.cat([start, true / len(ins)]))
+        fpr, tpr = torch.cat([start, false / len(outs)]), torch.cat([start, true / len(ins)])
+        return cls(fpr, tpr, len(outs))
 
     def tpr_at(self, fpr: float) -> float:
         """Return the largest TPR of a threshold whose FPR is at most ``fpr``; nothing in between.
 
         >>> roc = ROC.of(torch.tensor([3.0, 2.0, 2.0]), torch.tensor([2.0, 1.0]))
-        >>> f"{roc.tpr_at(0.4):.3f} {roc.tpr_at(0.5):.3f}"
+        >>> f"{roc.tpr_at(0):.3f} {roc.tpr_at(0.5):.3f}"
         '0.333 1.000'
+
+        Raises:
+            ValueError: If there are too few ``outs`` for one of them to be flagged at that rate.
         """
+        if fpr and self.num_outs is not None and fpr * self.num_outs < 1 - _ROUNDING:
+            raise ValueError(
+                f"an FPR of {fpr:g} needs at least {ceil(1 / fpr - _ROUNDING):,} non-members, of "
+                f"whom one may be flagged; there are {self.num_outs:,}: take more, or a higher FPR"
+            )
         return float(self.tpr[self.fpr <= fpr].max())
 
 

@@ -128,7 +128,7 @@ def simulate(
     """
     place = torch.device(device)
     randomness = Randomness(seed)
-    federation = federation.planned(Plan(num_rounds, task.sizes))
+    federation = federation.planned(Plan(num_rounds, task.sizes, task.model))
     if coalition is not None:
         check_worn(federation, coalition)
         check_members(coalition, len(task.clients), randomness)

@@ -28,7 +28,7 @@ class BlindBackdoor:
     Worn at code, at the seat of a supplier: whoever trains with the model does so honestly. Each
     batch is learnt as it is and with the trigger, at weights that make the longest step that
     helps both (MGDA). ``loss`` and ``gradient`` of the model are poisoned like its ``learner``; a
-    training that takes single examples' gradients by hooks (DPSGD) is refused.
+    training that takes single examples' gradients (DPSGD) is refused.
 
     Differs from the paper: the running loss begins anew with each local training, for the code
     keeps nothing; ``loss`` and ``gradient``, which know one batch, compare that batch's loss. There

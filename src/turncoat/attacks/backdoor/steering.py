@@ -91,7 +91,7 @@ class SteeredLearner(Learner):
         if any(m._forward_hooks or m._backward_hooks for m in self._module.modules()):
             raise ValueError(
                 f"{type(self.owner).__name__} changes the gradient that a learner gives, but this "
-                "training takes each example's by hooks in the module (as DPSGD does), so that it "
+                "training takes each example's by hooks in the module (as Opacus does), so that it "
                 "would have no effect: train with LocalSGD or FedSGD"
             )
         self._inside = True
@@ -104,7 +104,7 @@ class SteeredLearner(Learner):
         if not self._inside:
             raise ValueError(
                 f"{type(self.owner).__name__} changes the gradient that learner.backward gives, "
-                "but this training makes a loss of its own from learner.outputs, so that it would "
-                "have no effect: train with LocalSGD or FedSGD"
+                "but this training makes a loss of its own from learner.outputs (as DPSGD does), "
+                "so that it would have no effect: train with LocalSGD or FedSGD"
             )
         return super().outputs(inputs)

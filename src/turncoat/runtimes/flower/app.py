@@ -72,9 +72,10 @@ class Chosen:
 
     @property
     def seats(self) -> Seats:
-        plan = Plan(self.num_rounds, self.audit.task.sizes)
+        task = self.audit.task
+        plan = Plan(self.num_rounds, task.sizes, task.model)
         planned = self.federation.planned(plan)
-        return Seats(planned, self.audit.task, self.coalition, self.seed)
+        return Seats(planned, task, self.coalition, self.seed)
 
     @property
     def _trial(self) -> Any:

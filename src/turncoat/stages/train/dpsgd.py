@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import exp, log
@@ -15,23 +13,27 @@ import torch
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 from scipy.optimize import brentq
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from turncoat.messages import Update
-from turncoat.privacy import Unit
+from turncoat.privacy import Unit, loose
 from turncoat.stage import Plan
-from turncoat.task import Batch, Learner, Model
-from turncoat.validate import at_least, exactly_one, positive
+from turncoat.stages.train.book_keeping import clipped_sum
+from turncoat.task import Batch, Model
+from turncoat.validate import at_least, exactly_one, fraction, positive
 
-_EXAMPLES = 64  # whose gradients are held at a time
 _ORDERS = (*range(2, 33), 64, 128, 256, 512)  # of Rényi's divergence; whole ones are quick
 _TOLERANCE = 1e-3  # of the logarithm of the noise multiplier
 
 
+class LooseDelta(UserWarning):
+    """A δ at which an ε says little."""
+
+
 @dataclass(frozen=True)
 class DPSGD:
-    """Clip each example's gradient, add Gaussian noise, step [1]_.
+    """Clip each example's gradient, add Gaussian noise, step [1]_; see ``book_keeping`` for how.
 
     Formal guarantee: one round is ``num_steps`` Poisson-sampled Gaussian mechanisms, and rounds
     compose, for neighbours that differ by one example added or removed. Nothing is gained from
@@ -72,6 +74,11 @@ class DPSGD:
         at_least(1, self, expected_batch=self.expected_batch)
         at_least(1, self, num_steps=self.num_steps, num_epochs=self.num_epochs)
         at_least(0, self, noise_multiplier=self.noise_multiplier)
+        if self.noise_multiplier == 0 and self.target_epsilon is not None:
+            raise ValueError(
+                f"DPSGD: without noise ε is infinite, and not {self.target_epsilon:g}: leave out "
+                "noise_multiplier, and the target settles it, or leave out target_epsilon"
+            )
         exactly_one(
             self, noise_multiplier=self.noise_multiplier, target_epsilon=self.target_epsilon
         )
@@ -96,18 +103,17 @@ class DPSGD:
             _refuse_coupled_loss(model, start, data)
         learner, frozen = model.learner(start), _frozen(model)
         here, velocity = learner.trainable, torch.zeros_like(learner.trainable)
-        with _per_example(model.module):
-            for _ in range(num_steps):
-                draw = torch.rand(len(labels), generator=rng, dtype=torch.float64) < rate
-                noise = torch.randn(here.shape, generator=rng).to(here.device)
-                chosen = draw.nonzero().flatten().to(inputs.device)
-                total = clipped_sum(model, learner, (inputs[chosen], labels[chosen]), self.max_norm)
-                total.add_(noise, alpha=sigma * self.max_norm)
-                for where in frozen:
-                    total[where] = 0
-                velocity.mul_(self.momentum).add_(total, alpha=1 / expected)
-                with torch.no_grad():
-                    here.add_(velocity, alpha=-self.lr)
+        for _ in range(num_steps):
+            draw = torch.rand(len(labels), generator=rng, dtype=torch.float64) < rate
+            noise = torch.randn(here.shape, generator=rng).to(here.device)
+            chosen = draw.nonzero().flatten().to(inputs.device)
+            total = clipped_sum(model, learner, (inputs[chosen], labels[chosen]), self.max_norm)
+            total.add_(noise, alpha=sigma * self.max_norm)
+            for where in frozen:
+                total[where] = 0
+            velocity.mul_(self.momentum).add_(total, alpha=1 / expected)
+            with torch.no_grad():
+                here.add_(velocity, alpha=-self.lr)
         return Update(learner.finish().sub_(start), float(self.expected_batch))
 
     def schedule(self, num_records: int) -> tuple[float, int]:
@@ -122,9 +128,17 @@ class DPSGD:
         return _event(self._sigma(), *self.schedule(num_records))
 
     def planned(self, plan: Plan) -> DPSGD:
-        """Return it with the least noise that keeps the target for the smallest client."""
+        """Return it with the least noise that keeps the target for the smallest client.
+
+        Raises:
+            ValueError: If the model has a layer for which there is no guarantee.
+        """
+        if plan.model is not None:
+            refuse_coupled_examples(plan.model)
         if self.target_epsilon is None or self.delta is None:
             return self
+        if doubt := loose(self.delta, sum(plan.sizes), self.unit):
+            warnings.warn(f"DPSGD: {doubt}", LooseDelta, stacklevel=2)
         smallest = min((size for size in plan.sizes if size), default=1)
         rate, num_steps = self.schedule(smallest)
         sigma = noise_for(self.target_epsilon, self.delta, rate, num_steps * plan.num_rounds)
@@ -145,7 +159,13 @@ def noise_for(epsilon: float, delta: float, rate: float, num_steps: int) -> floa
 
     By privacy loss distributions, rounded to the safe side; the bound of Rényi, loose but quick,
     is where the search begins.
+
+    Raises:
+        ValueError: If ``epsilon`` is not above 0, or ``delta`` not between 0 and 1.
     """
+    positive("noise_for", epsilon=epsilon, delta=delta)
+    fraction("noise_for", delta=delta, rate=rate)
+    at_least(1, "noise_for", num_steps=num_steps)
     interval = min(1e-2, 5e-4 * epsilon)
 
     def spent(sigma: float, accountant: Any) -> float:
@@ -167,30 +187,6 @@ def noise_for(epsilon: float, delta: float, rate: float, num_steps: int) -> floa
         high, low = low, low - 0.4
     root: float = brentq(excess, low, high, xtol=_TOLERANCE)
     return exp(root + _TOLERANCE)  # the root is no further off, and more noise costs less
-
-
-def clipped_sum(model: Model, learner: Learner, data: Batch, max_norm: float) -> Tensor:
-    """Return the sum of the examples' gradients, each shortened to ``max_norm`` at most.
-
-    The learner's module must wear Opacus' hooks. Shape: ``(num_trainable,)``.
-    """
-    total = torch.zeros_like(learner.trainable)
-    slots = {s.name: slice(s.start, s.stop) for s in model.layout.slots}
-    for inputs, labels in zip(*(torch.split(part, _EXAMPLES) for part in data), strict=True):
-        if not len(labels):  # an empty draw; its noise is released all the same
-            continue
-        learner.backward((inputs, labels))
-        parts: list[tuple[slice, Tensor]] = []
-        for name, parameter in model.module.named_parameters():
-            sample: Any = getattr(parameter, "grad_sample", None)
-            if sample is not None:
-                parts.append((slots[name], sample.flatten(1)))
-                parameter.grad_sample = None  # type: ignore[attr-defined]
-        norms = torch.stack([torch.linalg.vector_norm(g, dim=1) for _, g in parts]).norm(dim=0)
-        factors = (max_norm / norms.clamp(min=1e-12)).clamp(max=1.0)
-        for where, gradients in parts:
-            total[where] += factors @ gradients
-    return total
 
 
 def _frozen(model: Model) -> list[slice]:
@@ -227,24 +223,6 @@ def _refuse_coupled_loss(model: Model, start: Tensor, data: Batch) -> None:
             f"DPSGD has no guarantee for {model.criterion!r}: its value for several examples is "
             "not the mean of its values for each; use a criterion that averages over examples"
         )
-
-
-@contextmanager
-def _per_example(module: nn.Module) -> Iterator[None]:
-    """Let every backward pass leave one gradient for each example, as ``grad_sample``."""
-    from opacus.grad_sample import GradSampleHooks  # here, for it takes a second to import
-
-    hooks = GradSampleHooks(module, loss_reduction="mean")
-    try:
-        with warnings.catch_warnings():  # inputs need no gradient: torch warns, Opacus copes
-            warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            yield
-    finally:
-        hooks.cleanup()
-        for layer in module.modules():  # left over where a pass did not reach its end
-            for name in ("activations", "max_batch_len"):
-                if name in vars(layer):
-                    delattr(layer, name)
 
 
 def _event(sigma: float, rate: float, num_steps: int) -> dp_accounting.DpEvent:
