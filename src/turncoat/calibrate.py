@@ -48,6 +48,10 @@ class Uncalibratable(ValueError):
     """A wish that no value can be searched for. Says why, and what could be asked instead."""
 
 
+class AttackFailed(RuntimeError):
+    """The attack broke down at a value: nothing was measured there."""
+
+
 @dataclass(frozen=True)
 class Risk:
     """What an attack may reach at most: the upper end of its 95 % interval must not pass ``limit``.
@@ -115,7 +119,7 @@ class Risk:
                 f"{result.reason}"
             )
         if isinstance(result, Failed):
-            raise RuntimeError(f"{cell.attack!r} failed behind {cell.defence!r}: {result.error}")
+            raise AttackFailed(f"{cell.attack!r} failed behind {cell.defence!r}: {result.error}")
         if self.kind in _METRIC:
             figures = (result.marked.headline, *result.marked.others)
             found = [m for m in figures if m.name == _METRIC[self.kind]]
@@ -273,6 +277,19 @@ class Calibration:
     def at(self, value: float | None) -> Point | None:
         """Return what came of a value, if it was tried."""
         return next((p for p in self.points if p.value == value), None)
+
+
+def risk_of(given: Mapping[str, float | None], fpr: float | None) -> Risk:
+    """Return the one risk that is asked for, of the limits by kind."""
+    wanted = {kind: limit for kind, limit in given.items() if limit is not None}
+    if len(wanted) != 1:
+        said = f"; {' and '.join('--' + k for k in wanted)} are given" if wanted else ""
+        raise Uncalibratable(
+            f"say what the attack may reach at most by one of {', '.join('--' + k for k in given)}"
+            f"{said}"
+        )
+    kind, limit = next(iter(wanted.items()))
+    return Risk(kind, limit, fpr)  # type: ignore[arg-type]
 
 
 def noise_of(audit: Audit, parameter: str | None, defence: str | None) -> tuple[str, str]:
