@@ -696,11 +696,11 @@ def _leads(thing: Any, path: list[str]) -> bool:
 
 
 def _paths(federation: Federation[Any, Any], name: str) -> Iterator[str]:
-    """Yield the paths to all fields of a name, stage by stage."""
+    """Yield the paths to a field of all stages that say what a round of them costs."""
 
     def inside(thing: Any, path: str) -> Iterator[str]:
         for step in _field_names(thing):
-            if step == name:
+            if step == name and hasattr(thing, "event"):
                 yield f"{path}.{step}"
             else:
                 yield from inside(getattr(thing, step), f"{path}.{step}")

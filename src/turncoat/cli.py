@@ -490,6 +490,7 @@ def _errors_in_words() -> Iterator[None]:
         raise
     except Exception as error:
         from turncoat.audit import WorkerDied
+        from turncoat.calibrate import AttackFailed
         from turncoat.config import ConfigError
         from turncoat.record import FolderUnusable
         from turncoat.runtimes.saved import Unreadable, Unwritable
@@ -500,7 +501,7 @@ def _errors_in_words() -> Iterator[None]:
             code = Exit.BAD_FOLDER
         elif isinstance(error, WorkerDied):
             code = Exit.WORKER_DIED
-        elif type(error).__name__ == "AttackFailed":
+        elif isinstance(error, AttackFailed):
             code = Exit.FAILED_CELLS
         elif isinstance(error, ValueError | TypeError) and "TURNCOAT_DEBUG" not in os.environ:
             code = Exit.BAD_INPUT

@@ -23,7 +23,7 @@ _KINDS = {
     "psnr": "PSNR",
     "success": "success of the backdoor",
 }
-COLUMNS = ("", "value", "measured", "by theorem at most", "ε", "model", "seconds")
+COLUMNS = ("", "value", "measured", "holds", "allowed by theorem", "ε", "model", "seconds")
 
 
 def read(folder: Path) -> Found:
@@ -70,7 +70,6 @@ def table(found: Found) -> list[tuple[str, ...]]:
 
 def _row(found: Found, point: Found) -> tuple[str, ...]:
     low, high = point["low"], point["high"]
-    held = "holds" if point["holds"] else "does not hold"
     spread = f"{_figure(found, low, bare=True)} to {_figure(found, high)}"
     model = words.number(point["accuracy"], found["metric"])
     if point["accuracy_low"] is not None:
@@ -79,7 +78,8 @@ def _row(found: Found, point: Found) -> tuple[str, ...]:
     return (
         _role(found, point),
         "as it is" if point["value"] is None else f"{point['value']:g}",
-        f"{_figure(found, point['reached'])} ({spread}): {held}",
+        f"{_figure(found, point['reached'])} ({spread})",
+        "yes" if point["holds"] else "no",
         "-" if point["bound"] is None else _figure(found, point["bound"]),
         "-" if point["epsilon"] is None else f"{point['epsilon']:.3g}",
         model,
@@ -105,10 +105,15 @@ def says(found: Found) -> Iterator[str]:
     else:
         yield (
             f"By theorem: {name} = {bound['value']:g} "
-            f"(ε = {bound['epsilon']:.3g} at δ = {found['delta']:.1g}). No attacker, whatever "
-            f"else it knows, passes {_limit(found)}: it is allowed "
-            f"{_figure(found, bound['reached'])}."
+            f"(ε = {bound['epsilon']:.3g} at δ = {found['delta']:.1g}). Nobody passes "
+            f"{_limit(found)}, whatever else they know."
             + (f" The model then has {_model(found, proven)}." if proven else "")
+        )
+    smallest = min((n for n in found["sizes"] if n), default=1)
+    if bound["value"] is not None and found["delta"] >= 1 / smallest:
+        yield (
+            f"δ = {found['delta']:.1g} is not below one over the {smallest} records of the smallest "
+            "client: an ε at such a δ promises little. The bound itself does not rest on it."
         )
     measured = found["measured"]
     if measured is None:
@@ -201,8 +206,8 @@ def markdown(found: Found) -> str:
 
 NOTE = (
     "Intervals are 95 %, that of a rate with its threshold taken as given. The search takes it "
-    "that a stronger value never helps the attack, and tries few: between the weakest value that held "
-    "and the strongest that did not, nothing is known."
+    "that a stronger value never helps the attack, and tries few: between the weakest value that "
+    "held and the strongest that did not, nothing is known."
 )
 
 
