@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from math import ceil, inf, isfinite, log, sqrt
 from pathlib import Path
@@ -41,6 +42,8 @@ _CLOSE = 1.002  # two values of which the theorem need not tell the weaker
 _FAMILY = {"tpr": "membership", "advantage": "membership", "psnr": "inversion"} | {
     "success": "backdoor"
 }
+_PROVEN = ("tpr", "advantage")
+_NO_THEOREM = "no theorem here bounds the {}"
 _METRIC = {"psnr": "psnr", "success": "attack_success_rate"}
 
 
@@ -307,7 +310,8 @@ def noise_of(audit: Audit, parameter: str | None, defence: str | None) -> tuple[
         path = parameter.split(".")
         found = [(c, parameter) for c in columns if _leads(audit.federations[c], path)]
         if not found:  # the check of the knob says what is wrong
-            return columns[0 if len(columns) == 1 else -1], parameter
+            noisy = [c for c in columns if any(_paths(audit.federations[c], NOISE))]
+            return (noisy or columns)[0], parameter
     else:
         found = [(c, p) for c in columns for p in _paths(audit.federations[c], NOISE)]
     if not found:
@@ -390,25 +394,25 @@ class _Search:
         self.columns: dict[float, Federation[Any, Any]] = {}
         self.points: dict[float | None, Point] = {}
         self.whole = knob.is_whole(self.origin) and knob.weakest is not None
-        self.seats = [s for s in rows(replace(audit, entries={attack: self.entry}), self.entry)]
+        for end in (knob.weakest, knob.strongest):
+            if end is not None:
+                self._at(end)
+        both = {base: self.audit.federations[base], knob.defence: self.origin}
+        self.seats = rows(replace(audit, federations=both), self.entry)
         self.counts = [self._counts(seed) for seed in audit.seeds]
-        if risk.kind in ("tpr", "advantage"):
+        if risk.kind in _PROVEN:
             for counts in self.counts:
                 risk.check(*counts)
 
     def run(self, num_probes: int) -> Calibration:
         weak, strong = self.knob.weakest, self.knob.strongest
-        if weak is None:  # fail before an hour's training, if the theorem has no answer
-            self._proof(self._at(1.0))
+        if weak is None:  # refused before an hour of training, and not after
+            self._refuse_unproven(*self._proof(self._at(1.0)))
         self.points[None] = self._tried(None)
         bound = self._bound()
         if weak is None or strong is None:
-            if bound.value is None:
-                raise Uncalibratable(
-                    f"no theorem says how much noise is enough ({bound.reason}): give --weakest "
-                    "and --strongest"
-                )
-            weak, strong = 0.0, bound.value
+            self._refuse_unproven(bound.value, bound.reason)
+            weak, strong = 0.0, bound.value or 0.0
         if bound.value is not None:
             self._probe(bound.value)
         measured: float | None = None
@@ -424,6 +428,13 @@ class _Search:
         found = self._calibration(bound, measured, failed, weak < strong)
         write_json(self.folder / "calibration.json", asdict(found))
         return found
+
+    def _refuse_unproven(self, found: object, reason: str) -> None:
+        if found is None or self.risk.kind not in _PROVEN:
+            why = reason if self.risk.kind in _PROVEN else _NO_THEOREM.format(self.risk.kind)
+            raise Uncalibratable(
+                f"no theorem says how much noise is enough ({why}): give --weakest and --strongest"
+            )
 
     def _between(self, weak: float, strong: float, num_probes: int) -> tuple[float, float]:
         for _ in range(num_probes):
@@ -469,9 +480,12 @@ class _Search:
         self, value: float | None, federation: Federation[Any, Any], cells: Mapping[Planned, Cell]
     ) -> Point:
         there = AuditFolder(self.folder)
-        by_seat = []
-        for seat in self.seats:
+        by_seat: list[tuple[float, float, float]] = []
+        for seat in dict.fromkeys(c.seat for c in cells):
             here = {c.seed: (c, result) for c, result in cells.items() if c.seat == seat}
+            blocked = all(isinstance(result, Blocked) for _, result in here.values())
+            if blocked and (by_seat or seat != list(cells)[-1].seat):
+                continue  # another seat opens it, or the last one says why none does
             reached = [
                 self.risk.reached(there, *here[seed], *counts)
                 for seed, counts in zip(self.audit.seeds, self.counts, strict=True)
@@ -493,7 +507,7 @@ class _Search:
             low,
             high,
             proof.epsilon if proof else None,
-            self.risk.bound(proof.event) if proof else None,
+            self.risk.bound(proof.event) if proof and self.risk.kind in _PROVEN else None,
             seconds,
             len(needed),
         )
@@ -524,9 +538,7 @@ class _Search:
         return int(truth.sum()), int((~truth).sum())
 
     def _proof(self, federation: Federation[Any, Any]) -> tuple[Private | None, str]:
-        """Return the guarantee that bounds the risk at all seats, or why none does."""
-        if self.risk.kind not in ("tpr", "advantage"):
-            return None, f"no theorem here bounds the {self.risk.kind}"
+        """Return the guarantee for a record at all seats of the attack, or why there is none."""
         audit = self.audit
         found = guarantees(
             federation.planned(Plan(audit.num_rounds, audit.task.sizes)),
@@ -540,7 +552,7 @@ class _Search:
             if not isinstance(g, Private):
                 why.append(str(g))
             elif g.unit is not Unit.RECORD:
-                why.append(f"the noise is for each {g.unit}, and the game asks about records")
+                why.append(f"the noise is for each {g.unit}, and a record is asked about")
             elif not {str(s) for s in self.seats} <= g.against:
                 why.append(f"it holds against {', '.join(sorted(g.against))} alone")
             elif isfinite(g.epsilon):
@@ -551,24 +563,22 @@ class _Search:
 
     def _bound(self) -> Bound:
         """Return the weakest value for which the theorem holds; found once for a folder."""
-        note = self.folder / "bound.json"
         name = key(
             asdict(self.risk), self.knob, self.origin, self.audit.task_key, self.audit.num_rounds,
             self.audit.delta, list(map(str, self.seats)),
         )  # fmt: skip
-        try:
-            kept = json.loads(note.read_text(encoding="utf-8"))
-            if kept.pop("key") == name:
-                return Bound(**kept)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass
+        note = self.folder / f"bound-{name[:16]}.json"
+        with suppress(OSError, ValueError, TypeError):
+            return Bound(**json.loads(note.read_text(encoding="utf-8")))
         began = time.perf_counter()
         found = self._by_theorem()
         found = replace(found, seconds=time.perf_counter() - began)
-        write_json(note, {"key": name, **asdict(found)})
+        write_json(note, asdict(found))
         return found
 
     def _by_theorem(self) -> Bound:
+        if self.risk.kind not in _PROVEN:
+            return Bound(None, reason=_NO_THEOREM.format(self.risk.kind))
         weak, strong = self.knob.weakest, self.knob.strongest
 
         def reaches(value: float) -> float:

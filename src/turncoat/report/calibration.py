@@ -112,8 +112,8 @@ def says(found: Found) -> Iterator[str]:
     smallest = min((n for n in found["sizes"] if n), default=1)
     if bound["value"] is not None and found["delta"] >= 1 / smallest:
         yield (
-            f"δ = {found['delta']:.1g} is not below one over the {smallest} records of the smallest "
-            "client: an ε at such a δ promises little. The bound itself does not rest on it."
+            f"δ = {found['delta']:.1g} is not below one over the {smallest} records of the "
+            "smallest client: an ε at such a δ promises little. The bound does not rest on it."
         )
     measured = found["measured"]
     if measured is None:
@@ -153,6 +153,12 @@ def says(found: Found) -> Iterator[str]:
 
 def _gap(found: Found, here: Found) -> str:
     bound, name = found["bound"]["value"], found["parameter"]
+    if here["bound"] is not None and here["bound"] <= found["risk"]["limit"]:
+        return (
+            f"The gap: the measurement asks for more than the theorem, which holds from {name} = "
+            f"{bound:g} on. That is the price of few records: {found['attack']} cannot reach the "
+            "limit there, but its upper limit can."
+        )
     allowed = "without a bound" if here["bound"] is None else _figure(found, here["bound"])
     times = f", {bound / here['value']:.3g} times as much," if here["value"] > 0 else ""
     said = (
