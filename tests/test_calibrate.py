@@ -38,6 +38,7 @@ from turncoat.cli import Exit, app
 from turncoat.config import load
 from turncoat.metrics.intervals import clopper_pearson
 from turncoat.metrics.tradeoff import advantage_limit, composed, tpr_limit
+from turncoat.plan import pose
 from turncoat.record import AuditFolder, read_cell
 from turncoat.report.calibration import markdown, read, says, write_calibration
 from turncoat.stages.train.dpsgd import DPSGD
@@ -70,13 +71,14 @@ use = "inverting-gradients"
 num_steps = 4
 at = 0
 seats = ["server"]
-game = { use = "reconstruct", victim = 0, num_images = 1 }
+game = { use = "reconstruct", victim = 0 }
 [defence.dp]
 train = { use = "dp-sgd", lr = 0.5, max_norm = 1.0, expected_batch = 60, noise_multiplier = 1.0 }
 [defence.bound]
 aggregate = { use = "norm-bound", max_norm = 1.0 }
 """
 TPR = Risk("tpr", 0.05, 0.01)
+ENDS = st.just(0.0) | st.floats(1e-6, 10)
 
 
 def gaussian(sigma: float, num_steps: int = 1, rate: float = 1.0) -> dp_accounting.DpEvent:
@@ -86,7 +88,7 @@ def gaussian(sigma: float, num_steps: int = 1, rate: float = 1.0) -> dp_accounti
     return dp_accounting.SelfComposedDpEvent(step, num_steps)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(mu=st.floats(0.05, 4.0), fpr=st.floats(1e-3, 0.9))
 def test_bounds_of_a_gaussian_are_those_of_its_closed_form(mu: float, fpr: float) -> None:
     event = gaussian(2.0 / mu, 4)
@@ -94,7 +96,7 @@ def test_bounds_of_a_gaussian_are_those_of_its_closed_form(mu: float, fpr: float
     assert advantage_limit(event) == pytest.approx(2 * norm.cdf(mu / 2) - 1, abs=2e-4)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(sigma=st.floats(0.5, 4.0), rate=st.floats(0.01, 0.9))
 def test_the_best_test_of_a_sampled_step_reaches_the_bound_and_does_not_pass_it(
     sigma: float, rate: float
@@ -116,9 +118,7 @@ def test_the_best_test_of_a_sampled_step_reaches_the_bound_and_does_not_pass_it(
 
 RISKCAL = {  # sigma, rate, steps: 1 - beta at 0.001, 0.01 and 0.1, and the advantage
     (2.2, 0.1, 200): (0.008306, 0.050567, 0.272410, 0.260989),
-    (1.0, 0.1, 200): (0.096803, 0.278851, 0.652347, 0.589457),
     (0.6, 0.02, 100): (0.015580, 0.065562, 0.271064, 0.224718),
-    (5.0, 0.5, 400): (0.140092, 0.374557, 0.764180, 0.682684),
 }
 
 
@@ -143,15 +143,18 @@ def test_little_noise_bounds_nothing_and_costs_little() -> None:
         tpr_limit(event, 1.5)
 
 
-@given(weak=st.floats(0, 10), strong=st.floats(0, 10), whole=st.booleans())
+@given(weak=ENDS, strong=ENDS, whole=st.booleans())
 def test_a_middle_lies_between(weak: float, strong: float, whole: bool) -> None:
     if whole:
         weak, strong = int(weak), int(strong)
     value = middle(weak, strong, whole=whole)
     if value is not None:
-        rounding = 1e-3 * value
-        assert min(weak, strong) - rounding <= value <= max(weak, strong) + rounding
-        assert value not in (weak, strong) and (not whole or value == int(value))
+        assert min(weak, strong) < value < max(weak, strong)
+        assert not whole or value == int(value)
+    elif whole:
+        assert abs(weak - strong) <= 1
+    elif weak and strong:
+        assert max(weak, strong) / min(weak, strong) < 1.01
 
 
 class Pretended(calibration._Search):
@@ -350,7 +353,7 @@ def test_a_clip_does_not_change_what_a_theorem_says(audit: Audit) -> None:
         ('"local-sgd", lr = 0.1', '"mean"', "user", "no stage adds noise"),
         (
             '"local-sgd", lr = 0.1',
-            '"dp-fed-avg", max_norm = 1.0, noise_multiplier = 1.0',
+            '"dp-fedavg", max_norm = 1.0, noise_multiplier = 1.0, expected_cohort = 2',
             "user",
             "for each client",
         ),
@@ -456,15 +459,16 @@ def test_an_attack_that_breaks_down_is_no_result(
 
 
 def test_the_command_shows_the_figures_and_the_page_escapes_names(
-    done: tuple[Calibration, Path], file: Path
+    done: tuple[Calibration, Path], file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found, folder = done
+    (found, folder), reported = done, list[Path]()
+    monkeypatch.setattr("turncoat.report.page.write_report", reported.append)  # it takes long
     wish = ("--tpr", "0.05", "--fpr", "0.01", "--probes", "2", "--jobs", "1", "--out", folder)
     said = turncoat("calibrate", file, "--attack", "loss", *wish, code=Exit.DONE).output
     assert f"{found.bound.value:g}" in said and f"{found.measured:g}" in said
+    assert reported == [folder]
     page = (folder / "calibration.html").read_text(encoding="utf-8")
     assert "two &lt;hospitals&gt;" in page and "<hospitals>" not in page
-    assert (folder / "report.html").exists()
     text = (folder / "calibration.md").read_text(encoding="utf-8")
     for point in found.points[1:]:
         assert f"| {point.value:g} |" in text and f"{100 * point.reached:.1f} %" in text
@@ -486,3 +490,16 @@ def test_an_upper_limit_needs_so_many_members() -> None:
         TPR.check(71, 1000)
     TPR.check(72, 1000)
     assert clopper_pearson(0, 72)[1] <= 0.05 < clopper_pearson(0, 71)[1]
+
+
+def test_the_example_asks_for_what_its_head_says() -> None:
+    """On other images, for PneumoniaMNIST must be fetched: three hospitals, one stage with noise."""
+    path = Path(__file__).parents[1] / "examples" / "calibration" / "pneumonia.toml"
+    other = ['task.use="digits"', "rounds=1"]
+    audit = load(path, overrides=other)
+    assert "--attack lira --tpr 0.05 --fpr 0.01" in audit.text
+    assert audit.task.sizes == (100, 100, 100) and audit.delta < 1 / 100
+    assert noise_of(audit, None, None) == ("dp-sgd", "train.noise_multiplier")
+    trial: Any = audit.entries["lira"].trial
+    _, truth = pose(audit, audit.federations["dp-sgd"], trial.game, trial.at, 0)
+    TPR.check(int(truth.sum()), int((~truth).sum()))

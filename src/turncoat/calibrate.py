@@ -602,7 +602,7 @@ class _Search:
         elif reaches(weak) <= self.risk.limit:
             strong = weak
         while (value := middle(weak, strong, whole=self.whole)) is not None:
-            if not self.whole and weak * strong > 0 and _ratio(weak, strong) < _CLOSE:
+            if not self.whole and min(weak, strong) > 0 and _ratio(weak, strong) < _CLOSE:
                 break
             weak, strong = (weak, value) if reaches(value) <= self.risk.limit else (value, strong)
         proof, _ = self._proof(self._at(strong))
@@ -644,21 +644,21 @@ class _Search:
 def middle(weak: float, strong: float, *, whole: bool = False) -> float | None:
     """Return a value between two, of few digits; None if there is none.
 
-    By ratio where both have one sign, a quarter of the other where one is 0.
+    By ratio where both are positive, a quarter of the other where one is 0.
 
     >>> middle(1.0, 4.0), middle(0.0, 2.0), middle(3, 4, whole=True)
     (2.0, 0.5, None)
     """
     if whole:
         value: float = (weak + strong) // 2
-    elif weak * strong > 0:
-        value = sqrt(weak * strong) * (1 if weak > 0 else -1)
-    elif weak * strong < 0:
+    elif weak > 0 and strong > 0:
+        value = sqrt(weak) * sqrt(strong)
+    elif weak and strong:
         value = (weak + strong) / 2
     else:
         value = (weak or strong) / 4
     value = value if whole else float(f"{value:.{_DIGITS}g}")
-    return None if value in (weak, strong) else value
+    return value if min(weak, strong) < value < max(weak, strong) else None
 
 
 def _ratio(weak: float, strong: float) -> float:
