@@ -493,7 +493,7 @@ def test_an_upper_limit_needs_so_many_members() -> None:
 
 
 def test_the_example_asks_for_what_its_head_says() -> None:
-    """On other images, for PneumoniaMNIST must be fetched: three hospitals, one stage with noise."""
+    """On other images, for PneumoniaMNIST must be fetched."""
     path = Path(__file__).parents[1] / "examples" / "calibration" / "pneumonia.toml"
     other = ['task.use="digits"', "rounds=1"]
     audit = load(path, overrides=other)

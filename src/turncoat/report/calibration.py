@@ -60,7 +60,7 @@ def write_calibration(folder: Path) -> Path:
 
 def asked(found: Found) -> str:
     """Say what was looked for."""
-    return f"The weakest {found['parameter']} for which {found['attack']} keeps to {_limit(found)}"
+    return f"The weakest {found['parameter']} that keeps {found['attack']} to {_limit(found)}"
 
 
 def table(found: Found) -> list[tuple[str, ...]]:
