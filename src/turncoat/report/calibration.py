@@ -18,10 +18,10 @@ from turncoat.report.palette import Palette
 
 Found = dict[str, Any]
 _KINDS = {
-    "tpr": "TPR",
-    "advantage": "advantage",
-    "psnr": "PSNR",
-    "success": "success of the backdoor",
+    "tpr": "a TPR",
+    "advantage": "an advantage",
+    "psnr": "a PSNR",
+    "success": "a success of the backdoor",
 }
 COLUMNS = ("", "value", "measured", "holds", "allowed by theorem", "ε", "model", "seconds")
 
@@ -171,7 +171,7 @@ def _gap(found: Found, here: Found) -> str:
     )
     if here["bound"] is None:
         return said + "At the measured value nothing at all is proven."
-    return said + f"At the measured value the theorem allows a {_kind(found)} of {allowed}."
+    return said + f"At the measured value the theorem allows {_kind(found)} of {allowed}."
 
 
 def facts(found: Found) -> list[tuple[str, str]]:
@@ -237,7 +237,7 @@ def _limit(found: Found) -> str:
     risk = found["risk"]
     at = f" at {100 * risk['fpr']:g} % FPR" if risk["fpr"] is not None else ""
     limit = f"{risk['limit']:g} dB" if risk["kind"] == "psnr" else f"{100 * risk['limit']:g} %"
-    return f"a {_kind(found)} of {limit}{at}"
+    return f"{_kind(found)} of {limit}{at}"
 
 
 def _figure(found: Found, value: float, *, bare: bool = False) -> str:
@@ -269,7 +269,7 @@ def _drawing(found: Found) -> Drawing:
         axes.set_xticks(range(len(points)), [f"{v:g}" for v in values], fontsize=7)
         unit = "dB" if scale == 1.0 else "%"
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g} {unit}"))
-        axes.set(xlabel=found["parameter"], ylabel=_kind(found))
+        axes.set(xlabel=found["parameter"], ylabel=_kind(found).partition(" ")[2])
         axes.grid(axis="y", lw=0.5)
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
