@@ -88,7 +88,7 @@ def gaussian(sigma: float, num_steps: int = 1, rate: float = 1.0) -> dp_accounti
     return dp_accounting.SelfComposedDpEvent(step, num_steps)
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(mu=st.floats(0.05, 4.0), fpr=st.floats(1e-3, 0.9))
 def test_bounds_of_a_gaussian_are_those_of_its_closed_form(mu: float, fpr: float) -> None:
     event = gaussian(2.0 / mu, 4)
@@ -96,7 +96,7 @@ def test_bounds_of_a_gaussian_are_those_of_its_closed_form(mu: float, fpr: float
     assert advantage_limit(event) == pytest.approx(2 * norm.cdf(mu / 2) - 1, abs=2e-4)
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(sigma=st.floats(0.5, 4.0), rate=st.floats(0.01, 0.9))
 def test_the_best_test_of_a_sampled_step_reaches_the_bound_and_does_not_pass_it(
     sigma: float, rate: float
