@@ -194,6 +194,115 @@ def _overview(where: Path) -> None:
 
 
 @app.command()
+def calibrate(
+    file: Annotated[str, typer.Argument(help="A TOML file, or the name of one that comes along.")],
+    attack: Annotated[str, typer.Option(help="Which attack of the file, or of the package.")],
+    tpr: Annotated[float | None, typer.Option(help="It may find so many members at most")] = None,
+    fpr: Annotated[float | None, typer.Option(help="... where it flags so many others.")] = None,
+    advantage: Annotated[
+        float | None, typer.Option(help="Instead: the most that TPR - FPR may be.")
+    ] = None,
+    psnr: Annotated[float | None, typer.Option(help="Instead: of its images, in dB.")] = None,
+    success: Annotated[float | None, typer.Option(help="Instead: of its backdoor.")] = None,
+    parameter: Annotated[
+        str | None,
+        typer.Option(help="Which number: aggregate.max_norm, ...; without: noise_multiplier."),
+    ] = None,
+    defence: Annotated[
+        str | None, typer.Option(help="Of which column; without: the one that has it.")
+    ] = None,
+    weakest: Annotated[
+        float | None, typer.Option(help="The value that protects least; of noise without: 0.")
+    ] = None,
+    strongest: Annotated[
+        float | None, typer.Option(help="... and most; of noise without: what the bound needs.")
+    ] = None,
+    probes: Annotated[int, typer.Option(min=0, help="Values to try between both ends.")] = 5,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Where to keep it; calibrations/NAME without.")
+    ] = None,
+    seeds: Seeds = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Processes of one thread each; all cores without.")
+    ] = None,
+    settings: Set = None,
+    variant: Variant = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    update: Annotated[
+        bool, typer.Option("--update", help="Go on in a folder that holds another audit.")
+    ] = False,
+) -> None:
+    """Find the weakest noise, clip, ... that keeps a risk: by theorem, and as measured.
+
+    What is finished is kept: the same command goes on where it stopped.
+    """
+    with _errors_in_words():
+        from turncoat import calibrate as calibration
+
+        given = {"tpr": tpr, "advantage": advantage, "psnr": psnr, "success": success}
+        wanted = _one_audit(file, attack, settings, seeds, variant)
+        risk = calibration.risk_of(given, fpr)
+        column, path = calibration.noise_of(wanted, parameter, defence)
+        knob = calibration.Knob(column, tuple(path.split(".")), weakest, strongest)
+        _check_device(device)
+        where = folder or Path("calibrations") / Path(file).stem
+        out.print(f"[bold]{escape(wanted.title)}[/bold]")
+        with _progress() as on_event:
+            calibration.calibrate(
+                wanted,
+                where,
+                attack=attack,
+                risk=risk,
+                knob=knob,
+                num_probes=probes,
+                update=update,
+                on_event=on_event,
+                num_jobs=jobs or _cores(),
+                device=device,
+                command=shlex.join(["turncoat", *sys.argv[1:]]),
+            )
+        _show_calibration(where)
+
+
+def _one_audit(
+    file: str, attack: str, settings: list[str] | None, seeds: int | None, variant: str | None
+) -> Audit:
+    """Return the audit of a file, and in it an attack that it need not name."""
+    from turncoat.config import ConfigError
+    from turncoat.parts import PARTS
+
+    found = _load(_file(file), settings, seeds, variant)
+    if len(found) > 1:
+        raise ConfigError(f"{file} has variants, {', '.join(found)}: choose one by --variant")
+    wanted = next(iter(found.values()))
+    if attack not in wanted.entries and attack in PARTS["attack"]:
+        use = f'attack.{attack}.use="{attack}"'
+        wanted = next(iter(_load(_file(file), [*(settings or ()), use], seeds, variant).values()))
+    return wanted
+
+
+def _show_calibration(where: Path) -> None:
+    from rich.table import Table
+
+    from turncoat.report.calibration import COLUMNS, asked, read, says, table, write_calibration
+    from turncoat.report.page import write_report
+
+    write_report(where)
+    page, found = write_calibration(where), read(where)
+    shown = Table(box=None, pad_edge=False, show_edge=False)
+    for column in (COLUMNS[0], found["parameter"], *COLUMNS[2:]):
+        shown.add_column(escape(column), overflow="fold")
+    for row in table(found):
+        shown.add_row(*map(escape, row))
+    out.print(f"\n{escape(asked(found))}.\n")
+    out.print(shown)
+    out.print()
+    for line in says(found):
+        out.print(f"• {escape(line)}")
+    out.print(f"\nPage: [bold]{escape(str(page))}[/bold]")
+
+
+@app.command()
 def explain(
     file: File = None, seeds: Seeds = None, settings: Set = None, variant: Variant = None
 ) -> None:
@@ -381,6 +490,7 @@ def _errors_in_words() -> Iterator[None]:
         raise
     except Exception as error:
         from turncoat.audit import WorkerDied
+        from turncoat.calibrate import AttackFailed
         from turncoat.config import ConfigError
         from turncoat.record import FolderUnusable
         from turncoat.runtimes.saved import Unreadable, Unwritable
@@ -391,6 +501,8 @@ def _errors_in_words() -> Iterator[None]:
             code = Exit.BAD_FOLDER
         elif isinstance(error, WorkerDied):
             code = Exit.WORKER_DIED
+        elif isinstance(error, AttackFailed):
+            code = Exit.FAILED_CELLS
         elif isinstance(error, ValueError | TypeError) and "TURNCOAT_DEBUG" not in os.environ:
             code = Exit.BAD_INPUT
         else:

@@ -9,7 +9,7 @@ each of them (``keeps_records``).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -32,12 +32,16 @@ _UNPROVEN_IN_A_GRAPH = {
 
 @dataclass(frozen=True, slots=True)
 class Private:
-    """An upper bound. ``against`` names the seats that see nothing upstream of the noise."""
+    """An upper bound. ``against`` names the seats that see nothing upstream of the noise.
+
+    ``event`` is the whole training's, from which more than one epsilon can be had.
+    """
 
     unit: Unit
     epsilon: float
     delta: float
     against: frozenset[str]
+    event: Any = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         seats = ", ".join(sorted(self.against))
@@ -134,13 +138,15 @@ def _compose(
     noisy: Any, event: Any, num_rounds: int, delta: float, seats: frozenset[str]
 ) -> Private | Unproven:
     from dp_accounting import SelfComposedDpEvent  # here, for it takes a second to import
-    from dp_accounting.pld import PLDAccountant
 
-    accountant = PLDAccountant()
+    from turncoat.metrics.tradeoff import composed
+
     whole = SelfComposedDpEvent(event, num_rounds)
-    if not accountant.supports(whole):
+    try:
+        accountant = composed(whole)
+    except ValueError:
         return Unproven(noisy.unit, f"no accountant here composes {event!r}")
-    return Private(noisy.unit, accountant.compose(whole).get_epsilon(delta), delta, seats)
+    return Private(noisy.unit, float(accountant.get_epsilon(delta)), delta, seats, whole)
 
 
 def _noisy(stage: Any) -> tuple[Any, Any]:
