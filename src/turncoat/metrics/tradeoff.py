@@ -1,0 +1,76 @@
+"""What differential privacy leaves to an attacker: bounds on error rates, from the whole f-DP curve.
+
+The attacker of these bounds knows the algorithm, everything it released and every record but one,
+and asks whether that one was in. An attack that knows less reaches less.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import exp
+from typing import Any
+
+from dp_accounting.pld import PLDAccountant
+from scipy.optimize import minimize_scalar
+
+_MOST = 30.0  # an epsilon beyond which no rate is bounded by anything but 1
+_GRID = 1e-3  # of the privacy loss; what it rounds, it rounds to the safe side
+
+
+def tpr_limit(event: Any, fpr: float) -> float:
+    """Return the largest TPR at ``fpr`` of any test for one record, whatever it knows of the others.
+
+    An (epsilon, delta)-private mechanism keeps ``TPR <= e^epsilon FPR + delta`` and
+    ``1 - FPR <= e^epsilon (1 - TPR) + delta`` [1]_. Each pair of the mechanism's privacy loss
+    distribution gives both; the least is taken over all [2]_.
+
+    >>> from dp_accounting import GaussianDpEvent
+    >>> round(tpr_limit(GaussianDpEvent(2.0), 0.01), 3)
+    0.034
+
+    Args:
+        event: The ``DpEvent`` of the whole training, rounds composed.
+
+    .. [1] Wasserman and Zhou, JASA 2010; Kairouz, Oh and Viswanath, ICML 2015, theorem 2.1.
+       https://arxiv.org/abs/1311.0776
+    .. [2] Dong, Roth and Su, JRSS-B 2022, propositions 2.4 and 2.12.
+       https://arxiv.org/abs/1905.02383; Kulynych et al., NeurIPS 2024, section 3.
+       https://arxiv.org/abs/2407.02191
+    """
+    if not 0 <= fpr <= 1:
+        raise ValueError(f"a false-positive rate lies between 0 and 1; it is {fpr}")
+    accountant = _composed(event)
+
+    def by_hits(epsilon: float) -> float:
+        return float(exp(epsilon) * fpr + accountant.get_delta(epsilon))
+
+    def by_misses(epsilon: float) -> float:
+        return float(1 - exp(-epsilon) * (1 - fpr - accountant.get_delta(epsilon)))
+
+    return min(1.0, _least(by_hits), _least(by_misses))
+
+
+def advantage_limit(event: Any) -> float:
+    """Return the largest ``TPR - FPR`` of any such test: delta at epsilon 0, the total variation.
+
+    >>> from dp_accounting import GaussianDpEvent
+    >>> round(advantage_limit(GaussianDpEvent(2.0)), 3)
+    0.197
+    """
+    return min(1.0, float(_composed(event).get_delta(0.0)))
+
+
+@lru_cache(maxsize=8)
+def _composed(event: Any) -> PLDAccountant:
+    """Return the accountant of an event, for neighbours with one record more or less."""
+    accountant = PLDAccountant(value_discretization_interval=_GRID)
+    if not accountant.supports(event):
+        raise ValueError(f"no accountant here composes {event!r}: its rates have no bound")
+    return accountant.compose(event)
+
+
+def _least(bound: Any) -> float:
+    """Return the least of a bound over epsilon; each of its values holds, so a coarse one does."""
+    ends = min(bound(0.0), bound(_MOST))
+    found = minimize_scalar(bound, bounds=(0.0, _MOST), method="bounded", options={"xatol": 1e-6})
+    return min(ends, float(found.fun))
