@@ -1,4 +1,4 @@
-"""What differential privacy leaves to an attacker: bounds on error rates, from the whole f-DP curve.
+"""What differential privacy leaves to an attacker: limits of its rates, by the whole f-DP curve.
 
 The attacker of these bounds knows the algorithm, everything it released and every record but one,
 and asks whether that one was in. An attack that knows less reaches less.
@@ -18,7 +18,7 @@ _GRID = 1e-3  # of the privacy loss; what it rounds, it rounds to the safe side
 
 
 def tpr_limit(event: Any, fpr: float) -> float:
-    """Return the largest TPR at ``fpr`` of any test for one record, whatever it knows of the others.
+    """Return the largest TPR at ``fpr`` of any test for one record, whatever it knows of others.
 
     An (epsilon, delta)-private mechanism keeps ``TPR <= e^epsilon FPR + delta`` and
     ``1 - FPR <= e^epsilon (1 - TPR) + delta`` [1]_. Each pair of the mechanism's privacy loss
