@@ -62,7 +62,7 @@ class ClientCurves:
         for n in self.num_clients:
             task = self.make(n, seed=seed, **self.options)
             for epsilon in self.epsilons:
-                rule, spent = self._rule(n, epsilon, task)
+                rule, spent = self._rule(n, epsilon)
                 federation = Federation(train=self.train, channel=Plain(), aggregate=rule)
                 run = simulate(federation, task, num_rounds=self.num_rounds, seed=seed)
                 view = ModelView(task.model, run.state.params)
@@ -91,7 +91,7 @@ class ClientCurves:
                 found[f"{title}, {n} clients"] = float(lost.max() - lost.mean())
         return found | {"data": task.source}
 
-    def _rule(self, n: int, epsilon: float, task: Task) -> tuple[DPFedAvg, float]:
+    def _rule(self, n: int, epsilon: float) -> tuple[DPFedAvg, float]:
         sigma = 0.0
         if epsilon < inf:
             sigma = noise_for(epsilon, self.delta, 1.0, self.num_rounds)

@@ -65,7 +65,8 @@ def guarantees(
         delta: The failure probability at which ε is stated.
 
     A client-level guarantee is stated twice where its clients are sampled: amplified against those
-    who do not know who took part, and in full against the seats that do.
+    who do not know who took part, and in full against the seats that do. Noise that each client
+    brings along (``amplified = False``) is not amplified: with the client its noise is missing.
 
     In a graph only what a node adds while it trains is proven: all that the others ever get of its
     data is post-processing of that, so the rounds compose, and it holds against its peers too.
@@ -94,7 +95,8 @@ def guarantees(
                 found.append(Unproven(noisy.unit, _UNPROVEN_IN_A_GRAPH[place].format(noisy)))
             continue
         rate = getattr(federation.sample, "rate", None)
-        if noisy.unit is Unit.CLIENT and rate is not None:  # Poisson; others are not amplified
+        alike = getattr(noisy, "amplified", True)
+        if noisy.unit is Unit.CLIENT and alike and rate is not None:  # Poisson alone amplifies
             from dp_accounting import PoissonSampledDpEvent
 
             amplified = PoissonSampledDpEvent(rate, event)
