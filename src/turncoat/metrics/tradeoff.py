@@ -1,4 +1,4 @@
-"""What differential privacy leaves to an attacker: limits of its rates, by the whole f-DP curve.
+"""What differential privacy leaves to an attacker: error rates, from the f-DP curve.
 
 The attacker of these bounds knows the algorithm, everything it released and every record but one,
 and asks whether that one was in. An attack that knows less reaches less.
@@ -6,19 +6,23 @@ and asks whether that one was in. An attack that knows less reaches less.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from math import exp
 from typing import Any
 
 from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
 from scipy.optimize import minimize_scalar
 
 _MOST = 30.0  # an epsilon beyond which no rate is bounded by anything but 1
-_GRID = 1e-3  # of the privacy loss; what it rounds, it rounds to the safe side
+_FINEST = 1e-4  # step of the privacy loss; what a coarser one rounds, it rounds to the safe side
+_STEPS = 5e4  # into which an epsilon is divided at most: little noise would need gigabytes
+_ORDERS = (*range(2, 33), 64, 128, 256, 512)  # of Rényi's divergence; whole ones are quick
 
 
 def tpr_limit(event: Any, fpr: float) -> float:
-    """Return the largest TPR at ``fpr`` of any test for one record, whatever it knows of others.
+    """Return the largest TPR at ``fpr`` of any test for one record, knowing all others.
 
     An (epsilon, delta)-private mechanism keeps ``TPR <= e^epsilon FPR + delta`` and
     ``1 - FPR <= e^epsilon (1 - TPR) + delta`` [1]_. Each pair of the mechanism's privacy loss
@@ -39,7 +43,7 @@ def tpr_limit(event: Any, fpr: float) -> float:
     """
     if not 0 <= fpr <= 1:
         raise ValueError(f"a false-positive rate lies between 0 and 1; it is {fpr}")
-    accountant = _composed(event)
+    accountant = composed(event)
 
     def by_hits(epsilon: float) -> float:
         return float(exp(epsilon) * fpr + accountant.get_delta(epsilon))
@@ -57,19 +61,27 @@ def advantage_limit(event: Any) -> float:
     >>> round(advantage_limit(GaussianDpEvent(2.0)), 3)
     0.197
     """
-    return min(1.0, float(_composed(event).get_delta(0.0)))
+    return min(1.0, float(composed(event).get_delta(0.0)))
 
 
-@lru_cache(maxsize=8)
-def _composed(event: Any) -> PLDAccountant:
-    """Return the accountant of an event, for neighbours with one record more or less."""
-    accountant = PLDAccountant(value_discretization_interval=_GRID)
-    if not accountant.supports(event):
-        raise ValueError(f"no accountant here composes {event!r}: its rates have no bound")
-    return accountant.compose(event)
+@lru_cache(maxsize=16)
+def composed(event: Any) -> PLDAccountant:
+    """Return the accountant of a whole training's event, for one record (or client) more or less.
+
+    Raises:
+        ValueError: If no accountant here composes the event.
+    """
+    if not PLDAccountant().supports(event):
+        raise ValueError(f"no accountant here composes {event!r}")
+    step, rough = _FINEST, RdpAccountant(_ORDERS)
+    if rough.supports(event):
+        step = max(step, min(rough.compose(event).get_epsilon(1e-5) / _STEPS, 1.0))
+    accountant = PLDAccountant(value_discretization_interval=step)
+    accountant.compose(event)
+    return accountant
 
 
-def _least(bound: Any) -> float:
+def _least(bound: Callable[[float], float]) -> float:
     """Return the least of a bound over epsilon; each of its values holds, so a coarse one does."""
     ends = min(bound(0.0), bound(_MOST))
     found = minimize_scalar(bound, bounds=(0.0, _MOST), method="bounded", options={"xatol": 1e-6})
