@@ -119,7 +119,8 @@ def test_epsilon_is_that_of_the_central_rule_and_holds_against_the_server_too() 
     shared: Any = Federation(train=train, channel=SHARES, aggregate=Mean())
     assert found(shared).epsilon == found(central).epsilon
     assert found(shared).unit is Unit.CLIENT
-    assert found(shared).against - found(central).against == {"server", "neighbour"}
+    assert found(central).against == {"user", "client"}
+    assert found(shared).against == {"user", "server", "neighbour"}
 
 
 def test_epsilon_counts_only_shares_that_are_sure() -> None:
@@ -128,6 +129,7 @@ def test_epsilon_counts_only_shares_that_are_sure() -> None:
     event = dp_accounting.GaussianDpEvent(0.8 * sqrt(3 / NUM_CLIENTS))
     by_hand = PLDAccountant().compose(event, 5).get_epsilon(1e-5)
     assert found(federation).epsilon == pytest.approx(by_hand, rel=1e-6)
+    assert "client" in found(federation).against  # who knows a share is one of the silent
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.5])

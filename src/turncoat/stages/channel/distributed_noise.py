@@ -31,7 +31,8 @@ class DistributedNoise:
     coalition who leave theirs out, or tell the server. Neighbours differ in one client, whose
     records count, or do not: its update then is 0. Who takes part is public, and so nothing is
     gained from sampling clients. It holds against the server too, as far as the masks hold, and
-    against that coalition. A round with fewer survivors is not summed.
+    against that coalition. Each client knows its own share: with no silent member it is not stated
+    against clients. A round with fewer survivors is not summed.
 
     Differs from the papers: shares are Gaussian and the channel rounds them, so that their sum is
     Gaussian but for the grid. A share must span 256 steps of it, so that delta is that of the
@@ -46,7 +47,7 @@ class DistributedNoise:
         num_shares: Of how many clients each adds a share, as a rule the cohort.
         min_survivors: Without so many the round is given up; None for ``num_shares``, so that
             nobody may drop out. The channel's ``recovers_from`` may ask for more.
-        num_silent: Of those who survive, so many may leave out their noise.
+        num_silent: Of those who survive, so many may leave out their noise, or tell it.
 
     .. [1] Dwork et al., EUROCRYPT 2006, section 3. https://doi.org/10.1007/11761679_29
     .. [2] Kairouz, Liu and Steinke, ICML 2021, algorithm 1. https://arxiv.org/abs/2102.06387
@@ -99,6 +100,11 @@ class DistributedNoise:
     def least_multiplier(self) -> float:
         """Return the noise that is in every sum, whoever drops out and whoever is silent."""
         return self.noise_multiplier * sqrt((self._survivors - self.num_silent) / self.num_shares)
+
+    @property
+    def noise_known_to(self) -> frozenset[str]:
+        """Return the seats that could take more noise from the sum than was allowed for."""
+        return frozenset() if self.num_silent else frozenset({"client"})
 
     def event(self, num_records: int) -> dp_accounting.DpEvent:
         """Return what one round costs a client at most, however many records it holds."""
