@@ -196,10 +196,12 @@ def draw_records(known: Mapping[str, _Figures], path: Path) -> None:
         _line(middle, figures, f"{_TPR}: limit by f-DP", "f-DP allows", color=hues[3], marker="^")
         middle.axhline(1, color=LIGHT.muted, linewidth=1.2, linestyle=":", label="chance")
         middle.set_yscale("log")
+        middle.set_ylim(bottom=0.2)
         audit = f"{_EPSILON}: audit, lower limit"
         _line(bottom, figures, audit, "proven by the audit", color=hues[4], marker="D")
         finite = [e for e in _EPSILONS if e < inf]
-        bottom.plot(range(len(finite)), finite, color=hues[3], marker="^", label="claimed")
+        look: Any = {"color": hues[3], "marker": "^", "markersize": 4, "linewidth": 1.4}
+        bottom.plot(range(len(finite)), finite, label="claimed", **look)
         top.set_title(name.removeprefix("epsilon-"), fontsize=10)
         for axes, title in ((top, "accuracy, percent"), (middle, _TPR), (bottom, "ε")):
             _dressed(axes, title)
@@ -210,7 +212,7 @@ def draw_records(known: Mapping[str, _Figures], path: Path) -> None:
 def _line(
     axes: Axes, figures: _Figures, title: str, label: str, dashes: str = "-", **look: Any
 ) -> None:
-    """Draw one row of a grid; where several seeds are known, with their interval."""
+    """Draw one row of a grid: a solid one with its interval, where several seeds are known."""
     places = [i for i, e in enumerate(_EPSILONS) if f"{title} | {said(e)}" in figures]
     cells = [figures[f"{title} | {said(_EPSILONS[i])}"] for i in places]
     axes.plot(
@@ -222,7 +224,7 @@ def _line(
         markersize=4,
         **look,
     )
-    if cells and len(cells[0]["values"]) > 1:
+    if dashes == "-" and cells and len(cells[0]["values"]) > 1:
         low, high = ([c[end] for c in cells] for end in ("low", "high"))
         axes.fill_between(places, low, high, color=look["color"], alpha=0.15, linewidth=0)
 
