@@ -271,7 +271,8 @@ def _table(figures: _Figures, rows: Mapping[str, str]) -> str:
 def _cell(figure: Mapping[str, Any] | None) -> str:
     if figure is None:
         return "\N{EN DASH}"
-    ends = [f"{figure[end]:.1f}".replace("-", "\N{MINUS SIGN}") for end in ("value", "low", "high")]
+    rounded = [round(figure[end], 1) + 0.0 for end in ("value", "low", "high")]  # no -0.0
+    ends = [f"{number:.1f}".replace("-", "\N{MINUS SIGN}") for number in rounded]
     return ends[0] if len(figure["values"]) == 1 else f"{ends[0]} ({ends[1]} to {ends[2]})"
 
 
