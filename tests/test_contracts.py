@@ -157,6 +157,7 @@ from turncoat.stages.aggregate.signguard import SignGuard
 from turncoat.stages.aggregate.sparsefed import SparseFed
 from turncoat.stages.aggregate.update_analysis import CosineTest, NormTest, UpdatePCA
 from turncoat.stages.aggregate.weak_dp import WeakDP
+from turncoat.stages.channel.distributed_noise import DistributedNoise
 from turncoat.stages.channel.secure_aggregation import SecureAggregation
 from turncoat.stages.prepare.activation_clustering import ActivationClustering
 from turncoat.stages.prepare.influence_filter import InfluenceFilter
@@ -168,6 +169,7 @@ from turncoat.stages.release.queries import Queries
 from turncoat.stages.release.smoothed import SmoothedVote
 from turncoat.stages.train.dpsgd import DPSGD
 from turncoat.stages.train.local import Clipped, FedSGD, LocalSGD
+from turncoat.stages.train.local_noise import LocalNoise
 from turncoat.stages.train.pruned import GradientPruning
 from turncoat.stages.train.quantised import Quantised
 from turncoat.stages.train.soteria import Soteria
@@ -379,11 +381,19 @@ STAGES = {
         {"delta": 0.0},
         {"noise_multiplier": 1.0},
     ),
+    "local-noise": cited(LocalNoise(1.0, 0.5, SGD), {"max_norm": 0.0}, {"noise_multiplier": -1.0}),
     "gradient-pruning": cited(GradientPruning(0.9, SGD, True), {"sparsity": 1.0}),
     "quantised": cited(Quantised(4, SGD), {"bits": 0}, {"bits": 17}),
     "soteria": cited(Soteria(0.4, SGD), {"share": 1.1}),
     "plain": trivial(Plain()),
     "secure-aggregation": cited(SecureAggregation(2), {"precision": 0.0}),
+    "distributed-noise": cited(
+        DistributedNoise(1.0, 0.5, 3, SecureAggregation(), min_survivors=2, num_silent=1),
+        {"num_silent": 2},
+        {"min_survivors": 0},
+        {"noise_multiplier": 1e-9},
+        {"inner": Plain()},
+    ),
     "mean": cited(Mean(), {"max_weight_ratio": 0.0}),
     "median": cited(Median()),
     "trimmed-mean": cited(TrimmedMean(2), {"num_trimmed": -1}),

@@ -71,7 +71,9 @@ def guarantees(
         delta: The failure probability at which ε is stated.
 
     A client-level guarantee is stated twice where its clients are sampled: amplified against those
-    who do not know who took part, and in full against the seats that do.
+    who do not know who took part, and in full against the seats that do. Noise that each client
+    brings along (``amplified = False``) is not amplified: with the client its noise is missing.
+    Seats that could subtract some of the noise (``noise_known_to``) are left out.
 
     In a graph only what a node adds while it trains is proven: all that the others ever get of its
     data is post-processing of that, so the rounds compose, and it holds against its peers too.
@@ -84,6 +86,7 @@ def guarantees(
             continue
         seats = {"client", "user"} | ({"neighbour"} if everyone else set())
         seats |= {"server"} if everyone or not readable else set()
+        seats -= getattr(noisy, "noise_known_to", frozenset())
         event = noisy.event(num_records)
         if broken is not None:
             found.append(Unproven(noisy.unit, f"{broken!r} mixes clients before {noisy!r} clips"))
@@ -104,7 +107,8 @@ def guarantees(
             whole = noisy.training_event(num_records, num_rounds)
             found.append(_compose(noisy, whole, 1, delta, frozenset(seats)))
             continue
-        if noisy.unit is Unit.CLIENT and rate is not None:  # Poisson; others are not amplified
+        alike = getattr(noisy, "amplified", True)
+        if noisy.unit is Unit.CLIENT and alike and rate is not None:  # Poisson alone amplifies
             from dp_accounting import PoissonSampledDpEvent
 
             amplified = PoissonSampledDpEvent(rate, event)
