@@ -326,11 +326,7 @@ ATTACKS = {
     "colluders": Row(
         Colluders(rest=40.0),
         ({"rest": 0.0}, {"features": ()}, {"rounds": ()}),
-        more={
-            "view": [
-                replace(example_view(ClientView[Update], example_task()), round=t) for t in (0, 1)
-            ]
-        },
+        more={"view": two_rounds()},
     ),
     "trajectory": cited(Trajectory(), {"first": -1}),
     "rmia": cited(RMIA(), {"num_shadows": 1}, {"gamma": 0.0}, {"a": 1.5}),

@@ -26,6 +26,7 @@ from turncoat.attacks.membership.white_box import (
     residue,
     suspicion,
 )
+from turncoat.describe import describe
 from turncoat.federation import Federation, FixedSample, Plain
 from turncoat.games.membership import Candidates, Membership
 from turncoat.messages import Clear, Update
@@ -45,6 +46,7 @@ from turncoat.views import AggregateView, ClientView, Seat, ServerView
 
 RANDOM = Randomness(5)
 VICTIM, ROUNDS = 0, 4
+MEAN, PLAIN = Mean(), Plain()
 TRAIN = LocalSGD(0.1, num_epochs=5, batch_size=10, momentum=0.5)
 SEEN = (ServerView[Update], AggregateView[Update], ClientView[Update])
 torch.set_num_threads(1)
@@ -56,8 +58,8 @@ def task() -> Task:
 
 
 @cache
-def run(rule: Any = Mean()) -> Run:
-    federation = Federation(train=TRAIN, channel=Plain(), aggregate=rule)
+def run(rule: Any = MEAN) -> Run:
+    federation = Federation(train=TRAIN, channel=PLAIN, aggregate=rule)
     watch = [Watch(kind) for kind in SEEN]
     return simulate(federation, task(), num_rounds=ROUNDS, seed=1, watch=watch)
 
@@ -69,7 +71,7 @@ def question() -> tuple[Candidates, Tensor]:
     )
 
 
-def views(kind: Any, allies: tuple[int, ...] = (), rule: Any = Mean()) -> list[Any]:
+def views(kind: Any, allies: tuple[int, ...] = (), rule: Any = MEAN) -> list[Any]:
     found = run(rule).seen(kind)
     return found if kind is not ClientView[Update] else [v for v in found if v.client in allies]
 
@@ -168,7 +170,7 @@ def test_behind_a_median_subtracting_leaves_less() -> None:
     allies = (1, 2, 3, 4)
     mean, median = (
         area(scores(Colluders(), views(ClientView[Update], allies, rule)))
-        for rule in (Mean(), Median())
+        for rule in (MEAN, Median())
     )
     assert median < mean - 0.03
 
@@ -203,8 +205,8 @@ def test_features_are_those_of_one_record_at_a_time(feature: Any) -> None:
 # in the federation
 
 
-def audit(attack: Any, channel: Any = Plain(), **options: Any) -> Audit:
-    federation = Federation(train=TRAIN, channel=channel, aggregate=Mean())
+def audit(attack: Any, channel: Any = PLAIN, **options: Any) -> Audit:
+    federation = Federation(train=TRAIN, channel=channel, aggregate=MEAN)
     trial = Trial(attack, Membership(40, client=VICTIM), **options)
     return Audit("membership", task(), {"none": federation}, {"it": Entry(trial)}, 3, (0,))
 
@@ -218,10 +220,8 @@ def test_secure_aggregation_blocks_the_server_and_no_coalition() -> None:
 
 
 def test_nobody_is_asked_about_the_attackers_own_records() -> None:
-    asked, federation = (
-        audit(Colluders()),
-        Federation(train=TRAIN, channel=Plain(), aggregate=Mean()),
-    )
+    asked = audit(Colluders())
+    federation = asked.federations["none"]
     with pytest.raises(ValueError, match="never took part, or that attacks"):
         pose(asked, federation, Membership(client=2), -1, 0, 1, True, (2,))
     found, truth = pose(asked, federation, Membership(), -1, 0, 1, True, (2, 3, 4))
@@ -238,7 +238,7 @@ def test_allies_must_exist_and_pool_what_clients_see() -> None:
 
 
 def test_one_who_was_not_there_is_told_nothing_about() -> None:
-    one = Federation(train=TRAIN, channel=Plain(), aggregate=Mean(), sample=FixedSample(1))
+    one = Federation(train=TRAIN, channel=PLAIN, aggregate=MEAN, sample=FixedSample(1))
     seen = simulate(one, task(), num_rounds=1, seed=1, watch=[Watch(ServerView[Update])])
     view = seen.seen(ServerView[Update])
     absent = next(c for c in range(5) if c not in view[0].senders)
@@ -249,8 +249,6 @@ def test_one_who_was_not_there_is_told_nothing_about() -> None:
 
 
 def test_what_was_computed_before_a_client_could_be_named_is_found_again() -> None:
-    from turncoat.describe import describe
-
     assert "client" not in describe(Membership()) and "client" in describe(Membership(client=1))
     assert "allies" not in describe(Trial(Colluders(), Membership()))
     assert replace(Membership(), client=1) == Membership(client=1)
