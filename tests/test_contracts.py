@@ -313,7 +313,7 @@ ATTACKS = {
     "robbing-the-fed": cited(RobbingTheFed(server=Imprint(num_bins=4)), {"max_images": 0}),
     "fishing": cited(Fishing(server=ClassFishing(target=1))),
     "loss-threshold": cited(LossThreshold()),
-    "lira": cited(LiRA(4), {"num_shadows": 1}),
+    "lira": cited(LiRA(4), {"num_shadows": 1}, {"max_shift": -1}),
     "fredrikson-attribute": about_people(FredriksonAttribute()),
     "yeom-attribute": about_people(YeomAttribute()),
     "csmia": about_people(CSMIA()),

@@ -2,13 +2,15 @@
 
 Kinds: theorem (a sum without all but one is that one), oracle (gradients by a loop of one record
 at a time), baseline (an update tells more than the global model), sabotage (an update of someone
-else, an untrained one; another rule than the mean; secure aggregation).
+else, a private one; another rule than the mean; secure aggregation).
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ from turncoat.attacks.membership.white_box import (
     residue,
     suspicion,
 )
+from turncoat.config import ConfigError, load
 from turncoat.describe import describe
 from turncoat.federation import Federation, FixedSample, Plain
 from turncoat.games.membership import Candidates, Membership
@@ -37,6 +40,7 @@ from turncoat.stage import call
 from turncoat.stages.aggregate.coordinatewise import Median
 from turncoat.stages.aggregate.mean import Mean
 from turncoat.stages.channel.secure_aggregation import SecureAggregation
+from turncoat.stages.train.dpsgd import DPSGD
 from turncoat.stages.train.local import LocalSGD
 from turncoat.task import Task
 from turncoat.tasks.bundled import digits
@@ -48,6 +52,15 @@ RANDOM = Randomness(5)
 VICTIM, ROUNDS = 0, 4
 MEAN, PLAIN = Mean(), Plain()
 TRAIN = LocalSGD(0.1, num_epochs=5, batch_size=10, momentum=0.5)
+FILE = """
+[task]
+use = "digits"
+num_clients = 5
+[federation]
+train = { use = "local-sgd", lr = 0.1 }
+channel = "secure-aggregation"
+aggregate = "mean"
+"""
 SEEN = (ServerView[Update], AggregateView[Update], ClientView[Update])
 torch.set_num_threads(1)
 
@@ -119,6 +132,17 @@ def test_rounds_average_out_what_one_model_does_by_chance() -> None:
     assert area(scores(Trajectory(), seen)) > 0.52
     late = scores(Trajectory(first=ROUNDS - 1), seen)
     assert not torch.equal(late, scores(Trajectory(), seen))
+
+
+def test_behind_dp_sgd_an_update_tells_next_to_nothing() -> None:
+    private = DPSGD(0.1, max_norm=0.5, expected_batch=10, num_steps=30, noise_multiplier=4.0)
+    federation = Federation(train=private, channel=PLAIN, aggregate=MEAN)
+    watch = [Watch(ServerView[Update])]
+    seen = simulate(federation, task(), num_rounds=2, seed=1, watch=watch).seen(ServerView[Update])
+    hidden, shown = (
+        area(scores(GlobalAttacker(), some)) for some in (seen, views(ServerView[Update])[:2])
+    )
+    assert hidden < min(0.6, shown - 0.05)
 
 
 # coalitions
@@ -252,3 +276,16 @@ def test_what_was_computed_before_a_client_could_be_named_is_found_again() -> No
     assert "client" not in describe(Membership()) and "client" in describe(Membership(client=1))
     assert "allies" not in describe(Trial(Colluders(), Membership()))
     assert replace(Membership(), client=1) == Membership(client=1)
+
+
+def test_a_coalition_is_named_in_a_file(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "membership.md").read_text("utf-8")
+    shown = re.search(r"```toml\n(\[attack.coalition\].*?)```", page, re.DOTALL)
+    assert shown is not None
+    file = tmp_path / "audit.toml"
+    file.write_text(FILE + shown[1], "utf-8")
+    (cell,) = plan(load(file)).cells
+    assert cell.seat is Seat.CLIENT and cell.settled is None
+    file.write_text(FILE + shown[1].replace("[2, 3, 4]", "2"), "utf-8")
+    with pytest.raises(ConfigError, match="allies"):
+        load(file)
