@@ -15,6 +15,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from papers import ledger
 from papers.candidates import CURVE, LOSS, ShadowedAttacks, adult, lira, rmia
@@ -247,7 +248,10 @@ def _curves(axes: Axes, title: str, figures: Mapping[str, Any]) -> None:
     axes.plot(rates, rates, ":", color=LIGHT.muted, linewidth=1.2, label="chance")
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_title(title, fontsize=10)
+    seeds = {len(f["values"]) for f in found}
+    axes.set_title(f"{title}, {max(seeds)} {'seeds' if max(seeds) > 1 else 'seed'}", fontsize=10)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("false-positive rate")
     axes.set_ylabel("true-positive rate")
     axes.grid(color=LIGHT.line, linewidth=0.6)

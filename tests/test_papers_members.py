@@ -64,7 +64,7 @@ def test_what_leaks_is_compared_on_one_clients_records() -> None:
 
 
 def test_the_figure_is_drawn_of_all_data_sets(tmp_path: Path) -> None:
-    one = {"value": 0.1, "low": 0.0, "high": 0.2}
+    one = {"values": [0.0, 0.2], "value": 0.1, "low": 0.0, "high": 0.2}
     names = [f"{CURVE}, {n} shadows: {row} | {rate:g}" for row, n in _SHOWN for rate in FPRS[3:]]
     draw({e.name: dict.fromkeys(names, one) for e in SHADOWED}, tmp_path / "it.png")
     assert (tmp_path / "it.png").stat().st_size > 10_000
