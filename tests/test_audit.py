@@ -349,7 +349,7 @@ class Greedy:
 
 
 def test_an_attack_cannot_ask_for_the_truth() -> None:
-    with pytest.raises(UnknownQuestion, match=r"grants \['candidates', 'drafts'"):
+    with pytest.raises(UnknownQuestion, match=r"grants \['candidates', 'client', 'drafts'"):
         Trial(Greedy(), Membership(10))
 
 

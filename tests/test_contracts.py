@@ -90,6 +90,8 @@ from turncoat.attacks.membership.thresholds import (
     EntropyThreshold,
     ModifiedEntropyThreshold,
 )
+from turncoat.attacks.membership.trajectory import Trajectory
+from turncoat.attacks.membership.white_box import Colluders, GlobalAttacker, LocalAttacker
 from turncoat.attacks.poisoning.alie import ALIE
 from turncoat.attacks.poisoning.availability import Availability
 from turncoat.attacks.poisoning.boost import Boost
@@ -314,12 +316,22 @@ ATTACKS = {
     "robbing-the-fed": cited(RobbingTheFed(server=Imprint(num_bins=4)), {"max_images": 0}),
     "fishing": cited(Fishing(server=ClassFishing(target=1))),
     "loss-threshold": cited(LossThreshold()),
-    "lira": cited(LiRA(4), {"num_shadows": 1}),
+    "lira": cited(LiRA(4), {"num_shadows": 1}, {"max_shift": -1}),
     "fredrikson-attribute": about_people(FredriksonAttribute()),
     "yeom-attribute": about_people(YeomAttribute()),
     "csmia": about_people(CSMIA()),
     "lomia": about_people(LOMIA()),
     "learned-attribute": about_people(LearnedAttribute()),
+    "global-attacker": cited(
+        GlobalAttacker(("alignment",)), {"features": ()}, {"features": ("loss",)}, {"rounds": ()}
+    ),
+    "local-attacker": cited(LocalAttacker(), {"features": ()}, {"rounds": (-1,)}),
+    "colluders": Row(
+        Colluders(rest=40.0),
+        ({"rest": 0.0}, {"features": ()}, {"rounds": ()}),
+        more={"view": two_rounds()},
+    ),
+    "trajectory": cited(Trajectory(), {"first": -1}),
     "rmia": cited(RMIA(), {"num_shadows": 1}, {"gamma": 0.0}, {"a": 1.5}),
     "shadow-models": cited(ShadowModels(2, num_hidden=2), {"num_shadows": 1}, {"num_hidden": 0}),
     "population-attack": cited(PopulationAttack()),
@@ -507,7 +519,10 @@ GAMES = {
         },
     ),
     "membership": trivial(
-        Membership(20), {"num_candidates": 3}, solve=lambda question, truth: Memberships(truth)
+        Membership(20),
+        {"num_candidates": 3},
+        {"client": -1},
+        solve=lambda question, truth: Memberships(truth),
     ),
     "reconstruct": trivial(
         Reconstruct(1, 2),

@@ -417,7 +417,12 @@ def test_a_question_grants_what_attacks_ask_for_and_nothing_of_the_truth() -> No
     from turncoat.attacks.membership.lira import LiRA
     from turncoat.attacks.membership.loss_threshold import LossThreshold
 
-    assert [f.name for f in fields(Candidates)] == ["candidates", "population", "shadows"]
+    assert [f.name for f in fields(Candidates)] == [
+        "candidates",
+        "population",
+        "shadows",
+        "client",
+    ]
     assert Trial(LiRA(), Membership()).needs == ModelView | QueryView
     assert Trial(LossThreshold(), Membership()).family == "membership"
     needs = Trial(InvertingGradients(), Reconstruct()).needs

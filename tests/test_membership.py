@@ -12,6 +12,7 @@ from functools import cache
 from math import exp, log
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import binom
@@ -206,3 +207,25 @@ def test_label_only_needs_nothing_but_labels() -> None:
         return torch.nn.functional.one_hot(best, 10).float().log()
 
     assert torch.equal(scores(LabelOnly(), QueryView(labels_only)), scores(LabelOnly()))
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_liras_further_queries_are_flips_and_shifts_whose_scores_are_averaged(online: bool) -> None:
+    inputs, labels = known().candidates
+    one, many = LiRA(12, online=online), LiRA(12, online=online, flips=True, max_shift=1)
+    copies = []
+    for images in (inputs, inputs.flip(3)):
+        around = np.pad(images.numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)), mode="reflect")
+        for down in range(3):
+            for right in range(3):
+                copies.append(torch.from_numpy(around[:, :, down:, right:][:, :, :8, :8].copy()))
+    each = torch.stack([scores(one, candidates=(copy, labels)) for copy in copies])
+    assert len(copies) == 18
+    assert torch.allclose(scores(many), each.mean(dim=0))
+
+
+def test_what_is_no_image_is_neither_flipped_nor_shifted() -> None:
+    inputs, labels = known().candidates
+    for attack in (LiRA(12, flips=True), LiRA(12, max_shift=1)):
+        with pytest.raises(ValueError, match="leave flips and max_shift out"):
+            scores(attack, candidates=(inputs.flatten(1), labels))

@@ -579,7 +579,9 @@ def _play(
 ) -> Marked:
     federation, seed = audit.federations[cell.defence], cell.seed
     apart = matches(trial.needs, ClientView)
-    question, truth = pose(audit, federation, trial.game, trial.at, seed, trial.by, apart)
+    question, truth = pose(
+        audit, federation, trial.game, trial.at, seed, trial.by, apart, trial.allies
+    )
     if cell.shadows:
         question = replace(question, shadows=_shadows(audit, folder, cell, trial, question))
     view = _view(audit, folder, cell, trial, device, runtime)

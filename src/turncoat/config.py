@@ -38,7 +38,7 @@ _TOP = {"title", "rounds", "seeds", "delta", "defences", "task", "federation", "
     "variant",
 }
 _PLAYED_BY = {"server": Seat.SERVER, "supply": Seat.SUPPLIER, "code": Seat.SUPPLIER}
-_OF_A_TRIAL = {"at", "by", "game", "outcome", "coalition", "acts", "seats"}
+_OF_A_TRIAL = {"at", "by", "allies", "game", "outcome", "coalition", "acts", "seats"}
 _KINDS = {
     "Members": "members",
     "Schedule": "schedule",
@@ -438,13 +438,14 @@ def _entry(name: str, table: Any, standing: Any, base: Federation[Any, Any], whe
 
 
 def _trial(attack: Any, about: dict[str, Any], at: Where) -> Trial[Any]:
-    known_keys(about, {"at", "by", "game"}, at)
+    known_keys(about, {"at", "by", "allies", "game"}, at)
     guess = get_type_hints(type(attack).__call__).get("return")
     game = about.pop("game", _GAMES.get(guess))  # type: ignore[arg-type]
     if game is None:
         raise ConfigError(f"{at} lacks the key 'game': what would mark a guess {guess!r}?")
     made = build(game, at / "game", kind="game")
-    whole = {k: _value(int, v, at / k) for k, v in about.items()}
+    kinds: dict[str, Any] = {"allies": tuple[int, ...]}
+    whole = {k: _value(kinds.get(k, int), v, at / k) for k, v in about.items()}
     try:
         return Trial(attack, made, **whole)
     except TypeError as error:

@@ -147,11 +147,12 @@ def _check_entry(audit: Audit, name: str, trial: Trial[Any] | Sabotage) -> None:
                 f"the attack {name!r} is at round {trial.at}, but the rounds are 0 to {last}: "
                 "choose one of these, or -1 for the last"
             )
-        if not 0 <= trial.by < num_clients:
-            raise Impossible(
-                f"the attack {name!r} is by client {trial.by}, but there are {num_clients} "
-                f"clients, 0 to {num_clients - 1}"
-            )
+        for client in (trial.by, *trial.allies):
+            if not 0 <= client < num_clients:
+                raise Impossible(
+                    f"the attack {name!r} is by client {client}, but there are {num_clients} "
+                    f"clients, 0 to {num_clients - 1}"
+                )
     if trial.coalition is None:
         return
     for seed in audit.seeds:
@@ -295,11 +296,12 @@ def pose(
     seed: int,
     by: int = 0,
     apart: bool = False,
+    allies: tuple[int, ...] = (),
 ) -> tuple[Any, Any]:
     """Return a game's question and truth: the same for all attacks that play the same game.
 
     In a graph the cohort of a round is whom the attacker's node, ``by``, hears in it. ``apart``
-    leaves a client, ``by``, that attacks with its own data out of its victims.
+    leaves a client, ``by``, that attacks with its own data, and its ``allies``, out of its victims.
     """
     rounds, randomness = audit.num_rounds, Randomness(seed)
     num_clients = len(audit.task.clients)
@@ -308,11 +310,11 @@ def pose(
     if federation.graph is not None:
         near = neighbours_of(federation.graph, num_clients, randomness)[by]
         cohort = tuple(c for c in cohort if c in near)
-    if apart:
-        cohort = tuple(c for c in cohort if c != by)
+    attackers = {by, *allies} if apart else set()
+    cohort = tuple(c for c in cohort if c not in attackers)
     question, truth = game.pose(
         audit.task,
-        took_part=frozenset().union(*sampled),
+        took_part=frozenset().union(*sampled) - attackers,
         cohort=cohort,
         rng=randomness.at("pose" + fingerprint(game)),
     )

@@ -10,10 +10,11 @@ from typing import Any, Generic, Protocol, TypeVar, get_args, get_origin, get_ty
 from torch import Generator, Tensor
 
 from turncoat.coalition import Coalition
+from turncoat.describe import ADDED
 from turncoat.federation import Federation
 from turncoat.stage import Broadcast, asks, matches
 from turncoat.task import Task
-from turncoat.views import ModelView, QueryView, Seat, ServerView
+from turncoat.views import ClientView, ModelView, QueryView, Seat, ServerView
 
 V_contra = TypeVar("V_contra", contravariant=True)
 G = TypeVar("G")
@@ -124,6 +125,7 @@ class Trial(Generic[G]):
         at: The round whose view it gets: 0 is the first, -1 the last. Others are not kept.
         by: Which client, node, or which of several servers, it sits at. Of a graph, users get the
             model of this node.
+        allies: Other clients that pool what they see with the one it sits at, ``by``.
     """
 
     attack: Attack[Any, G]
@@ -132,8 +134,14 @@ class Trial(Generic[G]):
     server: Broadcast | None = None
     at: int = -1
     by: int = 0
+    allies: tuple[int, ...] = field(default=(), metadata=ADDED)
 
     def __post_init__(self) -> None:
+        if self.allies and not matches(ClientView, self.needs):
+            raise UnknownQuestion(
+                f"{self.attack!r} needs {name_of(self.needs)}, and allies only pool what a client "
+                "sees (ClientView): leave allies out"
+            )
         if self.server is None:
             object.__setattr__(self, "server", getattr(self.attack, "server", None))
         question = get_args(get_type_hints(type(self.game).pose)["return"])[0]
@@ -179,7 +187,7 @@ class Trial(Generic[G]):
         """
         if type(view) is ServerView:
             return True
-        return bool(getattr(view, "client", getattr(view, "server", self.by)) == self.by)
+        return getattr(view, "client", getattr(view, "server", self.by)) in {self.by, *self.allies}
 
     def seats(self, federation: Federation[Any, Any]) -> list[Seat]:
         """Return the seats from which this attack can be mounted: a server's, if it lies."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Generator, Tensor
 
+from turncoat.describe import ADDED
 from turncoat.metrics.ranking import ROC, auc, delong, tpr_interval
 from turncoat.task import Batch, Task
 from turncoat.trial import Marked, Measurement, Memberships
@@ -22,12 +23,14 @@ class Candidates:
     """Records in random order, half of them trained on: which half is not here.
 
     ``shadows`` are trained for an attack that asks for them, and None otherwise. The
-    ``population`` is such data as nobody trained on.
+    ``population`` is such data as nobody trained on. ``client`` is whose records are in question;
+    None if it is all who took part.
     """
 
     candidates: Batch = field(repr=False)
     population: Batch = field(repr=False)
     shadows: Shadows | None = field(default=None, repr=False)
+    client: int | None = None
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,11 @@ class Membership:
 
     Args:
         num_candidates: Half members, half not; None for as many as there are.
+        client: Whose records the members are, by number; None for all who took part.
     """
 
     num_candidates: int | None = None
+    client: int | None = field(default=None, metadata=ADDED)
     family = "membership"
     says = (
         "{who} can tell whether a person's record was used for training better than by chance: "
@@ -50,6 +55,7 @@ class Membership:
 
     def __post_init__(self) -> None:
         at_least(2, self, num_candidates=self.num_candidates)
+        at_least(0, self, client=self.client)
         if self.num_candidates is not None and self.num_candidates % 2:
             raise ValueError(
                 f"{self!r} cannot be halved: half are members; give an even num_candidates"
@@ -59,7 +65,11 @@ class Membership:
         self, task: Task, *, took_part: frozenset[int], cohort: tuple[int, ...], rng: Generator
     ) -> tuple[Candidates, Tensor]:
         sizes, outsiders = task.sizes, len(task.test[1])
-        clients = sorted(took_part)
+        clients = sorted(took_part) if self.client is None else [self.client]
+        if self.client is not None and self.client not in took_part:
+            raise ValueError(
+                f"{self!r} asks about a client that never took part, or that attacks: name another"
+            )
         members = sum(sizes[c] for c in clients)
         half = min(members, outsiders) if self.num_candidates is None else self.num_candidates // 2
         if half < 1 or min(members, outsiders) < half:
@@ -78,7 +88,8 @@ class Membership:
             both = torch.cat([held[inside.to(there)], task.test[axis][outside.to(there)]])
             return both[order.to(there)]
 
-        return Candidates((mixed(0), mixed(1)), task.population), order < half
+        asked = Candidates((mixed(0), mixed(1)), task.population, client=self.client)
+        return asked, order < half
 
     def mark(self, guess: Memberships, truth: Tensor, *, rng: Generator) -> Marked:
         scores = guess.scores.detach().cpu().double()

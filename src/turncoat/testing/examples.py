@@ -72,6 +72,7 @@ def example_question(task: Task) -> dict[str, Any]:
         "masks": None,
         "candidates": (inputs, labels),
         "shadows": Shadows(models, inside),
+        "client": None,
     }
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from turncoat.describe import ADDED
 from turncoat.task import Batch
 from turncoat.trial import Memberships
 from turncoat.validate import at_least
@@ -23,13 +27,18 @@ class LiRA:
     only, and is the one-sided ``Pr[N(out) < phi]``, given here as its quantile: the same order,
     without the ties of a probability that rounds to 1.
 
-    Differs from the paper: one query a record (no augmentations); the fixed variance is pooled
-    over the deviations from each record's own mean.
+    Differs from the paper: one query a record unless flips or shifts are asked for, whose scores
+    are averaged as those of its code are; the fixed variance is pooled over the deviations from
+    each record's own mean.
 
     Args:
         num_shadows: How many models the attacker trains, each on a random half of the candidates.
         variance: One for all records (better below 64 shadows or so), or one for each.
         online: Whether shadow models that trained on the record count too.
+        flips: Whether to ask about the mirror image too. As with shifts, do so where training does
+            it: of copies that were never trained on, all models are as unsure.
+        max_shift: By how many pixels either way to shift an image, its border reflected: asks
+            ``(2 * max_shift + 1) ** 2`` times as often.
 
     .. [1] Carlini et al., S&P 2022, algorithm 1 and eq. (4). https://arxiv.org/abs/2112.03570
     """
@@ -37,9 +46,12 @@ class LiRA:
     num_shadows: int = 16
     variance: Literal["fixed", "per-example"] = "fixed"
     online: bool = True
+    flips: bool = field(default=False, metadata=ADDED)
+    max_shift: int = field(default=0, metadata=ADDED)
 
     def __post_init__(self) -> None:
         at_least(2, self, num_shadows=self.num_shadows)
+        at_least(0, self, max_shift=self.max_shift)
         if self.variance not in ("fixed", "per-example"):
             raise ValueError(
                 f"LiRA: variance must be 'fixed' or 'per-example'; it is {self.variance!r}"
@@ -53,16 +65,39 @@ class LiRA:
                 f"{self!r} compares with shadow models, and was given "
                 f"{0 if shadows is None else len(shadows.models)}: have the audit train them"
             )
-        target = confidence(view, candidates)
-        others = torch.stack([confidence(shadow, candidates) for shadow in shadows.models])
+        inputs, labels = candidates
+        asked = [self._score(view, (x, labels), shadows) for x in self._queries(inputs)]
+        return Memberships(torch.stack(asked).mean(dim=0))
+
+    def _score(self, view: ModelView | QueryView, data: Batch, shadows: Shadows) -> Tensor:
+        """Return the score of each record by one query. Shape: ``(records,)``, float64."""
+        target = confidence(view, data)
+        others = torch.stack([confidence(shadow, data) for shadow in shadows.models])
         inside = shadows.inside.to(others.device)
         mean_out, std_out = self._gaussian(others, ~inside)
         far_out = (target - mean_out) / std_out
         if not self.online:
-            return Memberships(far_out)
+            return far_out
         mean_in, std_in = self._gaussian(others, inside)
         far_in = (target - mean_in) / std_in
-        return Memberships((far_out.square() - far_in.square()) / 2 + (std_out / std_in).log())
+        return (far_out.square() - far_in.square()) / 2 + (std_out / std_in).log()
+
+    def _queries(self, inputs: Tensor) -> Iterator[Tensor]:
+        """Yield the inputs, and every flip and shift of them that is asked for."""
+        reach = self.max_shift
+        if not (self.flips or reach):
+            yield inputs
+            return
+        if inputs.dim() != 4 or min(inputs.shape[2:]) <= reach:
+            raise ValueError(
+                f"{self!r} flips and shifts images of more than {reach} pixels a side; the records "
+                f"have the shape {tuple(inputs.shape[1:])}: leave flips and max_shift out"
+            )
+        height, width = inputs.shape[2:]
+        for images in (inputs, inputs.flip(3)) if self.flips else (inputs,):
+            padded = pad(images, (reach,) * 4, mode="reflect")
+            for down, right in product(range(2 * reach + 1), repeat=2):
+                yield padded[:, :, down : down + height, right : right + width]
 
     def _gaussian(self, others: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of each column over the models in ``among``.
