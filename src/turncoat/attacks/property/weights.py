@@ -14,10 +14,11 @@ from turncoat.attacks.property.losses import of_either
 from turncoat.params import Layout
 from turncoat.randomness import ambient
 from turncoat.trial import Leanings
-from turncoat.validate import at_least, one_of, positive
+from turncoat.validate import at_least, one_of
 from turncoat.views import ModelView, Suspects, Worlds
 
-Order = Literal["sets", "sorted", "flat"]
+Order = Literal["sets", "paths", "sorted", "flat"]
+_MOST = 1_000_000  # numbers of one model, before its paths are taken for too many
 Layer = tuple[
     Tensor, Tensor
 ]  # weights (models, nodes, nodes before, each), others (models, nodes, k)
@@ -30,14 +31,14 @@ class MetaClassifier:
     Hidden neurons can change places without changing what a net computes, so that their order says
     nothing. ``"sets"`` reads each layer as a set: one small net reads every neuron, its weights
     gathered by what was read of the neurons that they come from, and the sum over neurons counts.
-    ``"sorted"`` puts the neurons of each layer into the order of the sum of their weights, and
-    ``"flat"`` takes them as they are; both then take logistic regression. For a linear model the
-    three are one. What is added to all outputs alike changes no answer, and is taken out of the last
-    layer, but with ``"flat"``.
+    ``"paths"`` multiplies the layers as if the net were linear, ``"sorted"`` puts the neurons of
+    each layer into the order of the sum of their weights, and ``"flat"`` takes them as they are;
+    these three then take logistic regression. For a linear model all are one. What is added to all
+    outputs alike changes no answer, and is taken out of the last layer, but with ``"flat"``.
 
     Differs from the paper: the nets are linear and rectified parts side by side, and a neuron's
     weights are gathered by what is read of the neurons before it, so that nothing depends on their
-    order; neurons are averaged.
+    order; neurons are averaged. ``"paths"`` is not in it.
 
     Args:
         num_shadows: Federations to play, half on either kind of data; the paper has hundreds.
@@ -76,6 +77,8 @@ class MetaClassifier:
         layers, asked = layers_of(self, layout, ours), layers_of(self, layout, theirs)
         if self.order == "sorted" or len(layers) == 1:
             return Leanings(regressed(in_order(layers), second, in_order(asked)))
+        if self.order == "paths":
+            return Leanings(regressed(paths(self, layers), second, paths(self, asked)))
         return Leanings(self._as_sets(layers, second, asked, rng))
 
     def _as_sets(
@@ -143,8 +146,9 @@ def layers_of(attack: object, layout: Layout, params: Tensor) -> list[Layer]:
         params: Shape: ``(models, num_params)``.
 
     Returns:
-        For each layer its weights (of the last, their distance to the mean of all outputs), shape ``(models, nodes, nodes before, each)``, and what else
-        belongs to its nodes, as biases: ``(models, nodes, k)``.
+        For each layer its weights, shape ``(models, nodes, nodes before, each)``, and what else
+        belongs to its nodes, as biases: ``(models, nodes, k)``. Of the last layer, the distance to
+        the mean of all outputs.
 
     Raises:
         ValueError: If a layer does not follow from the one before.
@@ -184,6 +188,22 @@ def in_order(layers: list[Layer]) -> Tensor:
             others = others.gather(1, order[:, :, None].expand_as(others))
         parts += [weights.flatten(1), others.flatten(1)]
     return torch.cat(parts, dim=1)
+
+
+def paths(attack: object, layers: list[Layer]) -> Tensor:
+    """Return what the weights of all paths through each model sum to: one row each."""
+    (weights, others), *later = layers
+    found = torch.cat([weights.flatten(2), others], dim=2)
+    for weights, others in later:
+        num = weights.shape[1] * weights.shape[3] * found.shape[2]
+        if num > _MOST:
+            raise ValueError(
+                f"{attack!r} would read {num:,} numbers of each model, at most {_MOST:,} are held: "
+                "choose order = 'sets'"
+            )
+        found = torch.einsum("mobe,mbd->moed", weights, found).flatten(2)
+        found = torch.cat([found, others], dim=2)
+    return found.flatten(1)
 
 
 def _scaled(known: list[Layer], layers: list[Layer]) -> list[Layer]:
