@@ -66,7 +66,7 @@ def _models(num_records: int) -> dict[str, tuple[Any, Any, int]]:
 
 
 _FAR, _SAME = "0.3 against 0.7", "0.5 against 0.5"
-_WOMEN = 44  # the column "Female" of Adult without fnlwgt and education
+_WOMEN = 39  # the column "Female" of Adult without fnlwgt and education
 _ALL = {"drop": ("fnlwgt", "education"), "train_size": 16_000, "public_size": 16_000}
 _SHORT = LocalSGD(0.2, num_epochs=1, batch_size=64)
 
@@ -143,7 +143,7 @@ ATTRIBUTES = (
                 "threshold test": (ThresholdTest(100), (_FAR, _SAME)),
                 "meta-classifier": (MetaClassifier(200), (_FAR,)),
                 "meta-classifier, 100 shadows": (MetaClassifier(100), (_FAR, _SAME)),
-                "updates, 40 shadows": (UpdateClassifier(40), (_FAR, f"{_FAR}, same start")),
+                "updates, 40 shadows": (UpdateClassifier(40), (f"{_FAR}, same start",)),
                 "meta-classifier, 40 shadows": (MetaClassifier(40), (f"{_FAR}, same start",)),
             },
             _ALL | {"num_clients": 2, "test_size": 2_000, "model": MLP(())},

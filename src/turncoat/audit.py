@@ -635,8 +635,9 @@ def _worlds(
     views, second = [], []
     for i, k in enumerate(cell.shadows):
         federation = audit.federations[cell.defence]
-        *run, is_second = world_of(audit, federation, trial.game, i, cell.seed, posed)
-        views.append(_view(audit, folder, cell, trial, _Source(k, *run), device, runtime))
+        played, task, seed, is_second = world_of(audit, federation, trial.game, i, cell.seed, posed)
+        source = _Source(k, played, task, seed)
+        views.append(_view(audit, folder, cell, trial, source, device, runtime))
         second.append(is_second)
     return Worlds(tuple(views), torch.tensor(second))
 

@@ -91,7 +91,7 @@ class MetaClassifier:
         target = second.float()
         for _ in range(self.num_steps):
             optimiser.zero_grad()
-            binary_cross_entropy_with_logits(reader(layers), target).backward()
+            torch.autograd.backward(binary_cross_entropy_with_logits(reader(layers), target))
             optimiser.step()
         with torch.no_grad():
             scores: Tensor = reader.eval()(asked)
