@@ -53,11 +53,11 @@ class GradientNorm:
         population: Batch,
         rng: Generator,
     ) -> Attributes:
-        usual = _norms(view, *population).mean().clamp(min=1e-12)
+        usual = norms(view, *population).mean().clamp(min=1e-12)
         filled = (hidden.filled(rows, v) for v in range(len(hidden.values)))
-        norms = torch.stack([_norms(view, inputs, labels) for inputs in filled], dim=1)
+        lengths = torch.stack([norms(view, inputs, labels) for inputs in filled], dim=1)
         prior = prior_of(self.prior, rows, labels, hidden, population, rng)
-        return Attributes(prior * (-norms / usual).exp())
+        return Attributes(prior * (-lengths / usual).exp())
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class NeuronOutput:
 
         held, own = hidden.read(population[0]), outputs(population[0])
         best = [
-            _correlation(neurons, held == v).abs().argsort(descending=True, stable=True)
+            correlation(neurons, held == v).abs().argsort(descending=True, stable=True)
             for v, neurons in enumerate(own)
         ]
         best = [order[: self.num_neurons] for order in best]
@@ -115,7 +115,7 @@ class NeuronOutput:
         return Attributes(scores)
 
 
-def _norms(view: ModelView, inputs: Tensor, labels: Tensor) -> Tensor:
+def norms(view: ModelView, inputs: Tensor, labels: Tensor) -> Tensor:
     """Return the length of each record's gradient. Shape: ``(records,)``, float64."""
     model, end = view.model, view.model.layout.num_trainable
     rest = view.params[end:]
@@ -128,7 +128,7 @@ def _norms(view: ModelView, inputs: Tensor, labels: Tensor) -> Tensor:
     return torch.cat([lengths(x, y).detach() for x, y in chunks]).double().cpu()
 
 
-def _correlation(neurons: Tensor, is_true: Tensor) -> Tensor:
+def correlation(neurons: Tensor, is_true: Tensor) -> Tensor:
     """Return how each neuron goes with a fact; 0 for one that never changes."""
     centred, fact = neurons - neurons.mean(dim=0), is_true.double() - is_true.double().mean()
     spread = torch.linalg.vector_norm(centred, dim=0) * torch.linalg.vector_norm(fact)
