@@ -128,6 +128,14 @@ def test_attacks_on_one_game_share_its_federations() -> None:
     assert sum(t.shadow is not None for t in planned.trainings.values()) == 16 + 6
 
 
+def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
+    few = replace(BEGUN, num_suspects=2)
+    audit = audit_of({"updates": UpdateClassifier(2), "parameters": MetaClassifier(2)}, few)
+    alone, two = (run_audit(audit, tmp_path / str(n), num_jobs=n) for n in (1, 2))
+    assert [*alone.values()] == [*two.values()]
+    assert all(isinstance(cell, Scored) for cell in alone.values())
+
+
 @pytest.mark.parametrize("client", [None, 1])
 def test_worlds_have_their_shares_and_share_neither_records_nor_seeds(client: int | None) -> None:
     game = PropertyInference((0.2, 0.8), column=0, client=client, num_suspects=4)
