@@ -90,7 +90,7 @@ class PropertyInference:
         same_start: Whether all begin with the same model, as for whoever takes part and so knows
             it.
 
-    .. [1] Suri and Evans, PoPETs 2022(4), section 3. https://arxiv.org/abs/2109.06024
+    .. [1] Suri and Evans, PoPETs 2022(4). https://arxiv.org/abs/2109.06024
     """
 
     shares: tuple[float, float] = (0.3, 0.7)

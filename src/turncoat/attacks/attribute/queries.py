@@ -61,7 +61,7 @@ class YeomAttribute:
             imputation from all else that is known of it [2]_.
 
     .. [1] Yeom et al., CSF 2018, adversary 4. https://arxiv.org/abs/1709.01604
-    .. [2] Jayaraman and Evans, CCS 2022, section 3. https://arxiv.org/abs/2209.01292
+    .. [2] Jayaraman and Evans, CCS 2022. https://arxiv.org/abs/2209.01292
     """
 
     prior: Prior = field(default="marginal", metadata=ADDED)

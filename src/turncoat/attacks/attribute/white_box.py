@@ -32,9 +32,9 @@ class GradientNorm:
     Args:
         prior: As in ``YeomAttribute``.
 
-    .. [1] Nasr et al., S&P 2019, section III.B (gradients of members).
+    .. [1] Nasr et al., S&P 2019 (gradients of members).
        https://arxiv.org/abs/1812.00910
-    .. [2] Yeom et al., CSF 2018, section V.B (attributes by membership).
+    .. [2] Yeom et al., CSF 2018 (attributes by membership).
        https://arxiv.org/abs/1709.01604
     """
 
@@ -74,7 +74,7 @@ class NeuronOutput:
     Args:
         num_neurons: How many for each value.
 
-    .. [1] Jayaraman and Evans, CCS 2022, section 4. https://arxiv.org/abs/2209.01292
+    .. [1] Jayaraman and Evans, CCS 2022. https://arxiv.org/abs/2209.01292
     """
 
     num_neurons: int = 10

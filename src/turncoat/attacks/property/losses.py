@@ -27,7 +27,7 @@ class LossTest:
 
     Differs from the paper: by the loss, where the paper has the accuracy.
 
-    .. [1] Suri and Evans, PoPETs 2022(4), section 4.1. https://arxiv.org/abs/2109.06024
+    .. [1] Suri and Evans, PoPETs 2022(4). https://arxiv.org/abs/2109.06024
     """
 
     def __call__(
@@ -50,7 +50,7 @@ class ThresholdTest:
     Args:
         num_shadows: Federations to play, half on either kind of data.
 
-    .. [1] Suri and Evans, PoPETs 2022(4), section 4.1. https://arxiv.org/abs/2109.06024
+    .. [1] Suri and Evans, PoPETs 2022(4). https://arxiv.org/abs/2109.06024
     """
 
     num_shadows: int = 32

@@ -31,7 +31,7 @@ class UpdateClassifier:
     Args:
         num_shadows: Federations to play, half on either kind of data.
 
-    .. [1] Melis et al., S&P 2019, section V.B (passive). https://arxiv.org/abs/1805.04049
+    .. [1] Melis et al., S&P 2019 (passive property inference). https://arxiv.org/abs/1805.04049
     """
 
     num_shadows: int = 32
@@ -72,7 +72,7 @@ class AggregateClassifier:
     Args:
         num_shadows: Federations to play, half on either kind of data.
 
-    .. [1] Melis et al., S&P 2019, section V.B (passive). https://arxiv.org/abs/1805.04049
+    .. [1] Melis et al., S&P 2019 (passive property inference). https://arxiv.org/abs/1805.04049
     """
 
     num_shadows: int = 32

@@ -48,7 +48,7 @@ class MetaClassifier:
         weight_decay: Of the nets.
 
     .. [1] Ateniese et al., IJSN 2015 (the meta-classifier). https://arxiv.org/abs/1306.4447
-    .. [2] Ganju et al., CCS 2018, sections 4.1 and 4.2. https://doi.org/10.1145/3243734.3243834
+    .. [2] Ganju et al., CCS 2018 (sorted neurons, sets). https://doi.org/10.1145/3243734.3243834
     """
 
     num_shadows: int = 64
