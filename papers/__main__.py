@@ -7,7 +7,7 @@ from importlib import import_module
 
 from papers.ledger import main
 
-LEDGERS = ("foundation", "poisoning", "inversion")
+LEDGERS = ("foundation", "poisoning", "inversion", "inference")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from turncoat.attacks.attribute.queries import (
     LearnedAttribute,
     YeomAttribute,
 )
+from turncoat.attacks.attribute.white_box import GradientNorm, NeuronOutput, correlation, norms
 from turncoat.games.attributes import AttributeInference, Hidden
 from turncoat.randomness import Randomness
 from turncoat.stage import call
@@ -42,6 +44,10 @@ ALL: tuple[Any, ...] = (
     CSMIA(),
     LOMIA(),
     LearnedAttribute(),
+    YeomAttribute("imputed"),
+    GradientNorm("marginal"),
+    GradientNorm(),
+    NeuronOutput(),
 )
 torch.set_num_threads(1)
 
@@ -105,7 +111,10 @@ def other(found: Marked, name: str) -> Any:
     return next(m for m in found.others if m.name == name)
 
 
-@pytest.mark.parametrize("attack", [YeomAttribute(), CSMIA(), LOMIA()], ids=repr)
+MEMBERS = (YeomAttribute(), CSMIA(), LOMIA(), YeomAttribute("imputed"), GradientNorm("marginal"))
+
+
+@pytest.mark.parametrize("attack", MEMBERS, ids=repr)
 def test_a_net_that_memorises_tells_more_than_can_be_imputed(attack: Any) -> None:
     found = marked(attack, (256,))
     assert other(found, "over_imputation").low > 0
@@ -142,6 +151,27 @@ class Table:
         return self.by_value[inputs[:, 0].long()].log()
 
 
+def test_gradients_are_those_of_one_record_at_a_time() -> None:
+    """The fast way, of many at once, beside ``Model.gradient``."""
+    task, view = people((8,)), trained((8,), True)
+    inputs, labels = (part[:5] for part in task.clients[0])
+    slow = [
+        float(task.model.gradient(view.params, (inputs[i : i + 1], labels[i : i + 1])).norm())
+        for i in range(5)
+    ]
+    assert norms(view, inputs, labels).tolist() == pytest.approx(slow, rel=1e-4)
+
+
+def test_a_neuron_that_copies_the_attribute_is_found() -> None:
+    neurons = torch.randn(200, 4, generator=RANDOM.at("neurons")).double()
+    is_true = torch.rand(200, generator=RANDOM.at("truth")) < 0.5
+    neurons[:, 2] = is_true.double()
+    neurons[:, 3] = 1.0
+    found = correlation(neurons, is_true)
+    expected = np.corrcoef(neurons[:, 0].numpy(), is_true.double().numpy())[0, 1]
+    assert found.tolist() == pytest.approx([expected, float(found[1]), 1.0, 0.0])
+
+
 BINARY = Hidden((0,), torch.tensor([[0.0], [1.0]]))
 
 
@@ -162,7 +192,12 @@ def test_yeom_weighs_the_answer_with_the_prior() -> None:
     rows, labels = torch.zeros(1, 2), torch.tensor([1])
     mostly_zero = torch.zeros(98, 2), torch.zeros(98, dtype=torch.long)
     found = YeomAttribute()(
-        view, rows=rows, labels=labels, hidden=BINARY, population=mostly_zero
+        view,
+        rows=rows,
+        labels=labels,
+        hidden=BINARY,
+        population=mostly_zero,
+        rng=RANDOM.at("attack"),
     ).scores
     assert found[0].tolist() == pytest.approx([0.99 * 0.6, 0.01 * 0.7])
 

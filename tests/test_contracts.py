@@ -25,6 +25,7 @@ from turncoat.attacks.attribute.queries import (
     LearnedAttribute,
     YeomAttribute,
 )
+from turncoat.attacks.attribute.white_box import GradientNorm, NeuronOutput
 from turncoat.attacks.backdoor.alternating_minimisation import (
     AlternatingMinimisation,
     ExplicitBoosting,
@@ -105,6 +106,9 @@ from turncoat.attacks.poisoning.poisoned_fl import PoisonedFL
 from turncoat.attacks.poisoning.sign_flip import SignFlip
 from turncoat.attacks.poisoning.strongest import Strongest
 from turncoat.attacks.poisoning.tailored import Tailored
+from turncoat.attacks.property.losses import LossTest, ThresholdTest
+from turncoat.attacks.property.updates import AggregateClassifier, UpdateClassifier
+from turncoat.attacks.property.weights import MetaClassifier
 from turncoat.coalition import Always, Clients, Every, From, Once, Pool
 from turncoat.config import Where, part
 from turncoat.federation import (
@@ -125,6 +129,7 @@ from turncoat.games.outcomes import (
     TargetConfidence,
     TargetedError,
 )
+from turncoat.games.properties import PropertyInference
 from turncoat.games.reconstruction import Reconstruct
 from turncoat.games.records import ReconstructRows
 from turncoat.games.slices import ReconstructSlices
@@ -202,8 +207,16 @@ from turncoat.testing.contracts import (
     value_checks,
 )
 from turncoat.testing.examples import example_task, example_view
-from turncoat.trial import Attributes, Memberships, Reconstruction
-from turncoat.views import ClientView, CoalitionView, ModelView, ServerView
+from turncoat.trial import Attributes, Leanings, Memberships, Reconstruction
+from turncoat.views import (
+    AggregateView,
+    ClientView,
+    CoalitionView,
+    ModelView,
+    ServerView,
+    Suspects,
+    Worlds,
+)
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 SGD = LocalSGD(0.1, batch_size=4)
@@ -246,15 +259,36 @@ class Row:
     more: dict[str, Any] = field(default_factory=dict)
 
 
-def about_people(part: Any) -> Row:
+def about_people(part: Any, *refused: dict[str, Any]) -> Row:
     """Return the row of an attack on one attribute of a table."""
     question, _ = AttributeInference(PEOPLE_COLUMN).pose(
         people(), took_part=frozenset({0, 1}), cohort=(0, 1), rng=Randomness(0).at("pose")
     )
     view = example_view(ModelView, people())
     return Row(
-        part, more={"view": view, **{f.name: getattr(question, f.name) for f in fields(question)}}
+        part,
+        refused,
+        more={"view": view, **{f.name: getattr(question, f.name) for f in fields(question)}},
     )
+
+
+def about_suspects(part: Any, need: Any, *refused: dict[str, Any]) -> Row:
+    """Return the row of an attack on the share of a group: each round, or model, is another."""
+    task, rng = example_task(), Randomness(0).at("suspects")
+
+    def seen() -> Any:
+        view = example_view(need, task)
+        if need is ModelView:
+            return replace(view, params=torch.randn(view.params.shape, generator=rng))
+        if need == AggregateView[Update]:
+            return (replace(view, after=torch.randn(view.after.shape, generator=rng)),)
+        delta = torch.randn(view.messages[0].delta.shape, generator=rng)
+        return (replace(view, messages=(Update(delta, 1.0), *view.messages[1:])),)
+
+    shadows = Worlds(tuple(seen() for _ in range(4)), torch.tensor([False, True] * 2))
+    halves = [tuple(part[i::2] for part in task.population) for i in (0, 1)]
+    more = {"view": Suspects((seen(), seen())), "shadows": shadows, "client": 0, "samples": halves}
+    return Row(part, refused, more=more)
 
 
 def trivial(part: Any, *refused: dict[str, Any], **more: Any) -> Row:
@@ -318,7 +352,7 @@ ATTACKS = {
     "loss-threshold": cited(LossThreshold()),
     "lira": cited(LiRA(4), {"num_shadows": 1}, {"max_shift": -1}),
     "fredrikson-attribute": about_people(FredriksonAttribute()),
-    "yeom-attribute": about_people(YeomAttribute()),
+    "yeom-attribute": about_people(YeomAttribute("imputed"), {"prior": "flat"}),
     "csmia": about_people(CSMIA()),
     "lomia": about_people(LOMIA()),
     "learned-attribute": about_people(LearnedAttribute()),
@@ -332,6 +366,19 @@ ATTACKS = {
         more={"view": two_rounds()},
     ),
     "trajectory": cited(Trajectory(), {"first": -1}),
+    "gradient-norm": about_people(GradientNorm(), {"prior": "flat"}),
+    "neuron-output": about_people(NeuronOutput(2), {"num_neurons": 0}),
+    "loss-test": about_suspects(LossTest(), ModelView),
+    "threshold-test": about_suspects(ThresholdTest(4), ModelView, {"num_shadows": 1}),
+    "meta-classifier": about_suspects(
+        MetaClassifier(4, num_steps=2), ModelView, {"order": "random"}, {"width": 0}
+    ),
+    "update-classifier": about_suspects(
+        UpdateClassifier(4), ServerView[Update], {"num_shadows": 1}
+    ),
+    "aggregate-classifier": about_suspects(
+        AggregateClassifier(4), AggregateView[Update], {"num_shadows": 1}
+    ),
     "rmia": cited(RMIA(), {"num_shadows": 1}, {"gamma": 0.0}, {"a": 1.5}),
     "shadow-models": cited(ShadowModels(2, num_hidden=2), {"num_shadows": 1}, {"num_hidden": 0}),
     "population-attack": cited(PopulationAttack()),
@@ -523,6 +570,19 @@ GAMES = {
         {"num_candidates": 3},
         {"client": -1},
         solve=lambda question, truth: Memberships(truth),
+    ),
+    "property-inference": Row(
+        PropertyInference(label=1, num_suspects=100),
+        (
+            {"shares": (0.3, 1.7)},
+            {"shares": (0.3,)},
+            {"num_suspects": 3},
+            {"num_records": 1},
+            {"client": -1},
+            {"column": 0},
+            {"label": None},
+        ),
+        more={"solve": lambda question, truth: Leanings(truth.second.double() - 0.5)},
     ),
     "reconstruct": trivial(
         Reconstruct(1, 2),

@@ -32,11 +32,14 @@ from turncoat.plan import (
     Planned,
     Training,
     is_model,
+    num_suspects,
     order_of,
     plan,
     pose,
+    shadow_run,
     shadow_task,
     watch_of,
+    world_of,
 )
 from turncoat.randomness import Randomness
 from turncoat.record import (
@@ -66,7 +69,7 @@ from turncoat.runtimes.simulate import Played, Run, one_thread, simulate
 from turncoat.stage import call, matches
 from turncoat.task import Task
 from turncoat.trial import Blocked, Cell, Failed, Marked, Sabotage, Scored, Trial
-from turncoat.views import ClientView, ModelView, QueryView, Seat, Shadows
+from turncoat.views import ClientView, ModelView, QueryView, Seat, Shadows, Suspects, Worlds
 
 __all__ = ["Audit", "AuditFolder", "Entry", "Event", "FolderUnusable", "run_audit"]
 
@@ -381,14 +384,14 @@ def train(
 ) -> tuple[str | None, float]:
     """Run a training, or the rest of it, and save what it leaves; return why it failed, if so."""
     began = time.perf_counter()
-    federation, task = audit.federations[training.defence], audit.task
+    federation, task, seed = audit.federations[training.defence], audit.task, training.seed
     draft, state, log = folder.draft(training.key), None, list[Played]()
     history: list[float] = []
     try:
         if training.shadow is not None:
-            question, _ = pose(audit, federation, training.game, -1, training.seed)
-            candidates, game = question.candidates, training.game
-            task, _ = shadow_task(audit, candidates, game, training.shadow, training.seed)
+            federation, task, seed = shadow_run(
+                audit, federation, training.game, training.shadow, seed
+            )
         missing = [t for t in training.states if t and not folder.state(training.key, t).exists()]
         if draft.exists():
             state, log, history = _read_draft(draft)
@@ -411,7 +414,7 @@ def train(
             federation,
             task,
             num_rounds=audit.num_rounds,
-            seed=training.seed,
+            seed=seed,
             coalition=training.coalition,
             server=training.server,
             device=device,
@@ -582,9 +585,19 @@ def _play(
     question, truth = pose(
         audit, federation, trial.game, trial.at, seed, trial.by, apart, trial.allies
     )
-    if cell.shadows:
-        question = replace(question, shadows=_shadows(audit, folder, cell, trial, question))
-    view = _view(audit, folder, cell, trial, device, runtime)
+    view: Any
+    if trial.suspects:
+        every = _worlds(audit, folder, cell, trial, (question, truth), device, runtime)
+        num = num_suspects(trial)
+        view = Suspects(every.views[:num])
+        if len(every.views) > num:
+            own = Worlds(every.views[num:], every.second[num:])
+            question = replace(question, shadows=own)
+    else:
+        if cell.shadows:
+            question = replace(question, shadows=_shadows(audit, folder, cell, trial, question))
+        source = _Source(cell.run, federation, audit.task, seed)
+        view = _view(audit, folder, cell, trial, source, device, runtime)
     question = moved(question, device)
     asked = {f.name: getattr(question, f.name) for f in fields(question)}
     randomness, name = Randomness(seed), fingerprint(trial)
@@ -611,11 +624,42 @@ def _shadows(
     return Shadows(tuple(models), torch.stack(inside))
 
 
+def _worlds(
+    audit: Audit,
+    folder: AuditFolder,
+    cell: Planned,
+    trial: Trial[Any],
+    posed: tuple[Any, Any],
+    device: str,
+    runtime: Runtime | None,
+) -> Worlds[Any]:
+    """Return what the seat sees of the suspects, and then of the attacker's own federations."""
+    views, second = [], []
+    for i, k in enumerate(cell.shadows):
+        federation = audit.federations[cell.defence]
+        played, task, seed, is_second = world_of(audit, federation, trial.game, i, cell.seed, posed)
+        source = _Source(k, played, task, seed)
+        views.append(_view(audit, folder, cell, trial, source, device, runtime))
+        second.append(is_second)
+    return Worlds(tuple(views), torch.tensor(second))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One training that is looked at, by its key, and how it was played."""
+
+    key: str
+    federation: Federation[Any, Any]
+    task: Task
+    seed: int
+
+
 def _view(
     audit: Audit,
     folder: AuditFolder,
     cell: Planned,
     trial: Trial[Any],
+    source: _Source,
     device: str,
     runtime: Runtime | None,
 ) -> Any:
@@ -624,23 +668,23 @@ def _view(
     A round is replayed from the state before it, which gives the same bits and keeps on disk one
     vector for what may be hundreds of messages.
     """
-    federation, task = audit.federations[cell.defence], audit.task
+    federation, task = source.federation, source.task
     if is_model(trial):
-        params = federation.held(_params(folder, cell.run), trial.by).to(device)
+        params = federation.held(_params(folder, source.key), trial.by).to(device)
         if cell.seat is Seat.USER:
-            return released(federation, task, params, cell.seed)
+            return released(federation, task, params, source.seed)
         return ModelView(task.model, params)
     first = 0 if trial.whole else trial.at % audit.num_rounds
     run = (runtime or simulate)(
         federation,
         task,
         num_rounds=audit.num_rounds,
-        seed=cell.seed,
+        seed=source.seed,
         coalition=trial.coalition,
         server=trial.server,
         watch=[watch_of(trial, audit.num_rounds)],
         device=device,
-        state=read_state(folder.state(cell.run, first))[0] if first else None,
+        state=read_state(folder.state(source.key, first))[0] if first else None,
         until=None if trial.whole else first + 1,
     )
     kinds = federation.views()[cell.seat] if cell.seat else ()

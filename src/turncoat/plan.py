@@ -13,6 +13,7 @@ from torch import Tensor
 from turncoat.coalition import Coalition, check_members, check_worn
 from turncoat.describe import fingerprint, key
 from turncoat.federation import Federation, WhiteBox
+from turncoat.games.properties import SameStart
 from turncoat.graphs import neighbours_of
 from turncoat.randomness import Randomness
 from turncoat.runtimes.simulate import Watch, cohorts
@@ -199,7 +200,8 @@ def _cell(
     if isinstance(trial, Sabotage):
         return replace(cell, run=run, clean=training_key(audit, federation, seed))
     shadows = tuple(
-        shadow_key(audit, federation, seed, trial.game, k) for k in range(num_shadows(trial))
+        shadow_key(audit, federation, seed, trial.game, k)
+        for k in range(num_suspects(trial) + num_shadows(trial))
     )
     return replace(cell, run=run, shadows=shadows)
 
@@ -256,7 +258,14 @@ def _trainings(audit: Audit, cell: Planned) -> list[Training]:
         found.append(Training(cell.clean, cell.defence, cell.seed))
     if isinstance(trial, Trial):
         found += [
-            Training(k, cell.defence, cell.seed, game=trial.game, shadow=i)
+            Training(
+                k,
+                cell.defence,
+                cell.seed,
+                states=run.states if trial.suspects else frozenset(),
+                game=trial.game,
+                shadow=i,
+            )
             for i, k in enumerate(cell.shadows)
         ]
     return found
@@ -286,6 +295,11 @@ def num_shadows(trial: Trial[Any]) -> int:
     """Return how many shadow models an attack asks for: none, unless it asks for ``shadows``."""
     wants = "shadows" in asks(code_of(trial.attack))[0]
     return int(trial.attack.num_shadows) if wants else 0  # type: ignore[attr-defined]
+
+
+def num_suspects(trial: Trial[Any]) -> int:
+    """Return how many federations a trial tells apart, the first of its shadows; mostly none."""
+    return int(trial.game.num_suspects) if trial.suspects else 0  # type: ignore[attr-defined]
 
 
 def pose(
@@ -349,6 +363,36 @@ def shadow_task(
         bounds.append(round(size * len(y) / sum(task.sizes)))
     clients = Shards(x[mixed], y[mixed], tuple(bounds))
     return replace(task, name=f"{task.name}, shadow {shadow}", clients=clients), inside
+
+
+def world_of(
+    audit: Audit,
+    federation: Federation[Any, Any],
+    game: Any,
+    index: int,
+    seed: int,
+    posed: tuple[Any, Any],
+) -> tuple[Federation[Any, Any], Task, int, bool]:
+    """Return one federation of a game with suspects: how it is played, on what, and of which kind.
+
+    Each has a seed of its own, so that no two share noise, nor a start unless the game says so.
+    """
+    rng = Randomness(seed).at("world" + fingerprint(game), index)
+    own_seed = int(torch.randint(2**31 - 1, (1,), generator=rng))
+    task, second = game.world(audit.task, *posed, index, rng)
+    if game.same_start:
+        federation = replace(federation, begin=SameStart(federation.begin, seed))
+    return federation, task, own_seed, second
+
+
+def shadow_run(
+    audit: Audit, federation: Federation[Any, Any], game: Any, shadow: int, seed: int
+) -> tuple[Federation[Any, Any], Task, int]:
+    """Return what a shadow training plays: the federation, the task, and the seed."""
+    posed = pose(audit, federation, game, -1, seed)
+    if hasattr(game, "num_suspects"):
+        return world_of(audit, federation, game, shadow, seed, posed)[:3]
+    return federation, shadow_task(audit, posed[0].candidates, game, shadow, seed)[0], seed
 
 
 def order_of(trainings: Mapping[str, Training]) -> Sequence[Training]:

@@ -14,7 +14,7 @@ from turncoat.describe import ADDED
 from turncoat.federation import Federation
 from turncoat.stage import Broadcast, asks, matches
 from turncoat.task import Task
-from turncoat.views import ClientView, ModelView, QueryView, Seat, ServerView
+from turncoat.views import ClientView, ModelView, QueryView, Seat, ServerView, Suspects
 
 V_contra = TypeVar("V_contra", contravariant=True)
 G = TypeVar("G")
@@ -157,6 +157,22 @@ class Trial(Generic[G]):
                 f"{self.game!r} asks what priors alone are worth, but {self.attack!r} has none to "
                 "play without the update: leave prior_only out"
             )
+        if self.suspects != hasattr(self.game, "num_suspects"):
+            raise UnknownQuestion(
+                f"{self.game!r} is about {'one federation' if self.suspects else 'several'}, but "
+                f"{self.attack!r} takes a view of {'several' if self.suspects else 'one'}: choose "
+                "another game"
+            )
+        if self.suspects and (self.coalition is not None or self.server is not None):
+            raise ValueError(
+                f"{self.game!r} trains suspects in which everyone is honest: {self.attack!r} can "
+                "have neither a coalition nor a server of its own"
+            )
+
+    @property
+    def suspects(self) -> bool:
+        """Whether it takes the views of several federations: ``Suspects`` of them."""
+        return get_origin(self._given) is Suspects
 
     @property
     def whole(self) -> bool:
@@ -170,6 +186,10 @@ class Trial(Generic[G]):
 
     @property
     def _annotation(self) -> Any:
+        return get_args(self._given)[0] if self.suspects else self._given
+
+    @property
+    def _given(self) -> Any:
         return get_type_hints(type(self.attack).__call__)["view"]
 
     @property
@@ -298,5 +318,12 @@ class Memberships:
 @dataclass(frozen=True, slots=True)
 class Attributes:
     """How likely each value of a hidden attribute is. Shape: ``(records, values)``."""
+
+    scores: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Leanings:
+    """One score per suspect: above 0 for the second kind of data, otherwise for the first."""
 
     scores: Tensor

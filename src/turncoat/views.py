@@ -16,6 +16,7 @@ from turncoat.task import Batch, Model
 
 M_co = TypeVar("M_co", covariant=True)
 P_co = TypeVar("P_co", covariant=True)
+V_co = TypeVar("V_co", covariant=True)
 C_co = TypeVar("C_co", bound=Clear, covariant=True)
 
 
@@ -145,6 +146,30 @@ class Shadows:
 
     models: tuple[ModelView, ...] = field(repr=False)
     inside: Tensor = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Suspects(Generic[V_co]):
+    """Several federations, as one seat sees each: they differ by the kind of data they trained on.
+
+    Attributes:
+        views: What the seat sees of one federation each.
+    """
+
+    views: tuple[V_co, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Worlds(Generic[V_co]):
+    """Federations that the attacker played with records of its own, as its seat sees each.
+
+    Attributes:
+        views: As those of the suspects.
+        second: Which were trained on the second kind of data. Shape: ``(federations,)``, bool.
+    """
+
+    views: tuple[V_co, ...] = field(repr=False)
+    second: Tensor = field(repr=False)
 
 
 @dataclass(frozen=True)

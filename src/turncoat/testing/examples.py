@@ -29,6 +29,7 @@ from turncoat.views import (
     QueryView,
     ServerView,
     Shadows,
+    Suspects,
     TraceView,
 )
 
@@ -86,6 +87,8 @@ def example_view(need: Any, task: Task) -> Any:
         return example_view(get_args(need)[0], task)
     if get_origin(need) is Sequence:
         return (example_view(get_args(need)[0], task),) * 2
+    if get_origin(need) is Suspects:
+        return Suspects((example_view(get_args(need)[0], task),) * 2)
     kind = get_origin(need) or need
     payload = next(iter(get_args(need)), Update)
     if not (isinstance(payload, type) and issubclass(payload, Clear)):

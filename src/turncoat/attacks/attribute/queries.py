@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor
 
+from turncoat.describe import ADDED
 from turncoat.games.attributes import Hidden, features_of, forest
 from turncoat.task import Batch
 from turncoat.trial import Attributes
+from turncoat.validate import one_of
 from turncoat.views import ModelView, QueryView
+
+Prior = Literal["marginal", "imputed"]
+_DOUBT = 0.01  # of an imputation, so that no value is out of the question
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class FredriksonAttribute:
         hidden: Hidden,
         population: Batch,
     ) -> Attributes:
-        answers = _answers(view, rows, hidden).argmax(dim=2)
+        answers = answers_by_value(view, rows, hidden).argmax(dim=2)
         said, classes = view.scores(population[0]).argmax(dim=1).cpu(), population[1].cpu()
         num = int(max(answers.max(), classes.max(), said.max(), labels.max())) + 1
         counts = torch.ones(
@@ -50,8 +56,18 @@ class YeomAttribute:
     ``Pr[v] * p(y | x_v)``: the density of the error that the paper has for regressions is the
     answer's own probability here.
 
+    Args:
+        prior: How frequent a value is among the attacker's records, or how likely in this record by
+            imputation from all else that is known of it [2]_.
+
     .. [1] Yeom et al., CSF 2018, adversary 4. https://arxiv.org/abs/1709.01604
+    .. [2] Jayaraman and Evans, CCS 2022. https://arxiv.org/abs/2209.01292
     """
+
+    prior: Prior = field(default="marginal", metadata=ADDED)
+
+    def __post_init__(self) -> None:
+        one_of(Prior, self, prior=self.prior)
 
     def __call__(
         self,
@@ -61,9 +77,10 @@ class YeomAttribute:
         labels: Tensor,
         hidden: Hidden,
         population: Batch,
+        rng: Generator,
     ) -> Attributes:
-        likely = _of_label(_answers(view, rows, hidden), labels).exp()
-        return Attributes(_prior(population, hidden) * likely)
+        likely = of_label(answers_by_value(view, rows, hidden), labels).exp()
+        return Attributes(prior_of(self.prior, rows, labels, hidden, population, rng) * likely)
 
 
 @dataclass(frozen=True)
@@ -79,7 +96,7 @@ class CSMIA:
     def __call__(
         self, view: ModelView | QueryView, *, rows: Tensor, labels: Tensor, hidden: Hidden
     ) -> Attributes:
-        answers = _answers(view, rows, hidden)
+        answers = answers_by_value(view, rows, hidden)
         sure, said = answers.max(dim=2)
         right = said == labels[:, None].cpu()
         return Attributes(torch.where(right, 1 + sure.exp(), -sure.exp()))
@@ -105,7 +122,7 @@ class LOMIA:
         population: Batch,
         rng: Generator,
     ) -> Attributes:
-        right = _answers(view, rows, hidden).argmax(dim=2) == labels[:, None].cpu()
+        right = answers_by_value(view, rows, hidden).argmax(dim=2) == labels[:, None].cpu()
         told = right.sum(dim=1) == 1
         scores = _prior(population, hidden).repeat(len(rows), 1)
         found = right[told].long().argmax(dim=1)
@@ -142,7 +159,7 @@ class LearnedAttribute:
         rng: Generator,
     ) -> Attributes:
         def known(inputs: Tensor, classes: Tensor) -> Tensor:
-            answers = _of_label(_answers(view, inputs, hidden), classes).clamp(min=-20)
+            answers = of_label(answers_by_value(view, inputs, hidden), classes).clamp(min=-20)
             return torch.cat([features_of(inputs.cpu(), classes.cpu(), hidden), answers], dim=1)
 
         model = forest(rng)
@@ -153,16 +170,35 @@ class LearnedAttribute:
         return Attributes(scores)
 
 
-def _answers(view: ModelView | QueryView, rows: Tensor, hidden: Hidden) -> Tensor:
+def answers_by_value(view: ModelView | QueryView, rows: Tensor, hidden: Hidden) -> Tensor:
     """Return log-probabilities by value. Shape: ``(records, values, classes)``, float64."""
     asked = [view.scores(hidden.filled(rows, v)).double() for v in range(len(hidden.values))]
     return torch.stack(asked, dim=1).cpu()
 
 
-def _of_label(answers: Tensor, labels: Tensor) -> Tensor:
+def of_label(answers: Tensor, labels: Tensor) -> Tensor:
     """Return those of each record's class. Shape: ``(records, values)``."""
     index = labels.cpu()[:, None, None].expand(-1, answers.shape[1], 1)
     return answers.gather(2, index).squeeze(2)
+
+
+def prior_of(
+    kind: Prior, rows: Tensor, labels: Tensor, hidden: Hidden, population: Batch, rng: Generator
+) -> Tensor:
+    """Return how likely each value is beforehand. Shape: ``(records, values)``, float64."""
+    if kind == "marginal":
+        return _prior(population, hidden).repeat(len(rows), 1)
+    model, num = forest(rng), len(hidden.values)
+    known, held = (
+        features_of(population[0].cpu(), population[1].cpu(), hidden),
+        hidden.read(population[0]),
+    )
+    model.fit(known.numpy(), held.numpy())
+    asked = features_of(rows.cpu(), labels.cpu(), hidden)
+    found = torch.full((len(rows), num), _DOUBT / num, dtype=torch.float64)
+    probs = torch.from_numpy(model.predict_proba(asked.numpy()))
+    found[:, torch.from_numpy(model.classes_)] += (1 - _DOUBT) * probs
+    return found
 
 
 def _prior(population: Batch, hidden: Hidden) -> Tensor:
