@@ -1,8 +1,7 @@
-"""Attributes of people and shares of groups: `python -m papers.attributes`."""
+"""Attributes of people and shares of groups, as experiments of `python -m papers.inference`."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from papers.inferred import (
@@ -12,7 +11,7 @@ from papers.inferred import (
     SharesToldApart,
     adult,
 )
-from papers.ledger import Expectation, Experiment, main
+from papers.ledger import Expectation, Experiment
 from turncoat.attacks.attribute.queries import (
     CSMIA,
     LOMIA,
@@ -193,9 +192,3 @@ ATTRIBUTES = (
         ),
     ),
 )
-
-
-if __name__ == "__main__":
-    from papers.attributes import ATTRIBUTES as SAME  # by the name that workers know it by
-
-    sys.exit(main("attributes", SAME, sys.argv[1:]))

@@ -1,7 +1,7 @@
 """Who was in the data? Attacks with shadow models against thresholds, and what updates add.
 
-``python -m papers.members`` measures; ``python -m papers.members --figure docs/membership.png``
-draws the curves from the ledger that has the experiments.
+``python -m papers.members --figure docs/membership.png`` draws the curves, from what
+``python -m papers.inference`` measured.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from papers import ledger
 from papers.candidates import CURVE, LOSS, ShadowedAttacks, adult, lira, rmia
 from papers.leaking import Leaking
 from papers.ledger import HERE, Expectation, Experiment
@@ -259,9 +258,7 @@ def _curves(axes: Axes, title: str, figures: Mapping[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure; or draw, if a figure is asked for."""
-    if "--figure" not in arguments:
-        return ledger.main("members", MEMBERS, arguments)
+    """Draw the figure, from the ledger that has the experiments."""
     parser = argparse.ArgumentParser(prog="python -m papers.members")
     parser.add_argument("--figure", type=Path, required=True, help="what to draw")
     parser.add_argument("--ledger", type=Path, default=HERE / "inference.json")
@@ -276,6 +273,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    from papers.members import main as same  # by the name that workers know it by
-
-    sys.exit(same(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -1,8 +1,7 @@
 """What ε costs, by the number of clients and by records, and what is left to an attacker.
 
-``python -m papers.noised`` measures. ``python -m papers.noised --figure docs/client-privacy.png``
-and ``--figure docs/record-privacy.png`` draw what a ledger holds of it, and write its table into
-docs/privacy.md.
+``python -m papers.noised --figure docs/client-privacy.png`` and ``--figure docs/record-privacy.png``
+draw what ``python -m papers.inference`` measured, and write its table into docs/privacy.md.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from papers.epsilons import ClientCurves, RecordCurves, said
-from papers.ledger import HERE, Expectation, Experiment, main
+from papers.ledger import HERE, Expectation, Experiment
 from turncoat.attacks.membership.lira import LiRA
 from turncoat.record import write_text
 from turncoat.report.palette import LIGHT, MARKERS
@@ -309,8 +308,4 @@ def drawn(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    if any(argument.startswith("--figure") for argument in sys.argv):
-        sys.exit(drawn(sys.argv[1:]))
-    from papers.noised import NOISED as SAME  # by the name that workers know it by
-
-    sys.exit(main("noised", SAME, sys.argv[1:]))
+    sys.exit(drawn(sys.argv[1:]))

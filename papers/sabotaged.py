@@ -1,12 +1,13 @@
 """What an audit catches of broken private trainers: ``python -m papers.sabotaged --figure PATH``.
 
-Measures what is not measured yet, draws claimed epsilons and lower bounds, and writes the table
-into docs/auditing.md.
+Draws claimed epsilons and lower bounds, and writes the table into docs/auditing.md, from what
+``python -m papers.inference`` measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from papers.audited import RIGHT, RIGHT_RULE, SLIGHT, Correct, Sabotaged, Setting
-from papers.ledger import HERE, Done, Expectation, Experiment, Job, measure_all, record
+from papers.ledger import HERE, Expectation, Experiment
 from turncoat.record import write_text
 from turncoat.report.palette import LIGHT, MARKERS
 
@@ -69,15 +70,6 @@ SABOTAGED = (
         ),
     ),
 )
-
-
-def measured(num_seeds: int) -> dict[str, Mapping[str, Any]]:
-    """Return the figures of both experiments, by name; measure what is missing."""
-    done = Done(HERE / ".done")
-    jobs: list[Job] = [(e, seed) for e in SABOTAGED for seed in e.seeds(num_seeds)]
-    failed = measure_all(jobs, done, num_processes=1, say=lambda text: print(text, file=sys.stderr))
-    known = record("inference", SABOTAGED, done, num_seeds=num_seeds, failed=failed)
-    return {e["name"]: e for e in known["experiments"]}
 
 
 def draw(known: Mapping[str, Mapping[str, Any]], path: Path) -> None:
@@ -163,12 +155,16 @@ def summary(known: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure, draw the figure, and write the tables."""
+    """Draw the figure and write the tables, from the ledger that has the experiments."""
     parser = argparse.ArgumentParser(prog="python -m papers.sabotaged")
     parser.add_argument("--figure", type=Path, required=True, metavar="PATH")
-    parser.add_argument("--seeds", type=int, default=5, help="how many seeds (5)")
+    parser.add_argument("--ledger", type=Path, default=HERE / "inference.json")
     asked = parser.parse_args(arguments)
-    known = measured(asked.seeds)
+    experiments = json.loads(asked.ledger.read_text("utf-8"))["experiments"]
+    known = {e["name"]: e for e in experiments if e["figures"]}
+    for e in SABOTAGED:
+        if e.name not in known:
+            parser.error(f"{asked.ledger.name} has no figures of {e.name!r}: run the ledger first")
     draw(known, asked.figure)
     page = DOCS / "auditing.md"
     text = page.read_text("utf-8")
