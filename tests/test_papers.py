@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from papers import foundation, inversion, ledger, poisoning
+from papers import foundation, inference, inversion, ledger, poisoning
 from papers.__main__ import LEDGERS
 from papers.ledger import Done, Expectation, Experiment, Summary, measure_all, page, record
 from turncoat.describe import fingerprint
@@ -188,6 +188,7 @@ SHIPPED = {
     "foundation": foundation.EXPERIMENTS,
     "poisoning": poisoning.EXPERIMENTS,
     "inversion": inversion.EXPERIMENTS,
+    "inference": inference.EXPERIMENTS,
 }
 
 
