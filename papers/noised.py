@@ -1,7 +1,7 @@
 """What ε costs, by the number of clients and by records, and what is left to an attacker.
 
-``python -m papers.noised --figure docs/client-privacy.png`` and ``--figure docs/record-privacy.png``
-draw what ``python -m papers.inference`` measured, and write its table into docs/privacy.md.
+``python -m papers.noised --figure docs/client-privacy.png``, or ``docs/record-privacy.png``, draws
+what ``python -m papers.inference`` measured, and writes its table into docs/privacy.md.
 """
 
 from __future__ import annotations
