@@ -7,7 +7,7 @@ from math import comb
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -45,6 +45,7 @@ def test_roc_and_auc_are_those_of_scikit_learn(ins: list[int], outs: list[int]) 
 
 
 @given(SCORES, SCORES, st.floats(0, 1))
+@example(ins=[0], outs=[0], bound=5e-324)
 def test_tpr_at_a_given_fpr_is_that_of_the_best_threshold_allowed(
     ins: list[int], outs: list[int], bound: float
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import ceil, sqrt
+from math import ceil, isfinite, sqrt
 from statistics import NormalDist
 
 import torch
@@ -52,8 +52,10 @@ class ROC:
             ValueError: If there are too few ``outs`` for one of them to be flagged at that rate.
         """
         if fpr and self.num_outs is not None and fpr * self.num_outs < 1 - _ROUNDING:
+            needed = 1 / fpr - _ROUNDING
+            least = f"{ceil(needed):,}" if isfinite(needed) else "1e308"
             raise ValueError(
-                f"an FPR of {fpr:g} needs at least {ceil(1 / fpr - _ROUNDING):,} non-members, of "
+                f"an FPR of {fpr:g} needs at least {least} non-members, of "
                 f"whom one may be flagged; there are {self.num_outs:,}: take more, or a higher FPR"
             )
         return float(self.tpr[self.fpr <= fpr].max())

@@ -7,6 +7,7 @@ and asks whether that one was in. An attack that knows less reaches less.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import exp
 from typing import Any
@@ -64,13 +65,26 @@ def advantage_limit(event: Any) -> float:
     return min(1.0, float(composed(event).get_delta(0.0)))
 
 
-@lru_cache(maxsize=16)
 def composed(event: Any) -> PLDAccountant:
     """Return the accountant of a whole training's event, for one record (or client) more or less.
 
     Raises:
         ValueError: If no accountant here composes the event.
     """
+    return _composed(_Named(repr(event), event))
+
+
+@dataclass(frozen=True)
+class _Named:
+    """An event by what it says of itself: those made of lists have no hash."""
+
+    name: str
+    event: Any = field(compare=False)
+
+
+@lru_cache(maxsize=16)
+def _composed(named: _Named) -> PLDAccountant:
+    event = named.event
     if not PLDAccountant().supports(event):
         raise ValueError(f"no accountant here composes {event!r}")
     step, rough = _FINEST, RdpAccountant(_ORDERS)
