@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -16,6 +18,7 @@ from turncoat.coalition import Clients, Coalition, Every, Once, Pool
 from turncoat.federation import Federation, FixedSample, FractionSample, Plain, PoissonSample
 from turncoat.messages import Clear, Summable, Update
 from turncoat.randomness import Randomness
+from turncoat.runtimes.pool import become_worker, context
 from turncoat.runtimes.saved import State, Unreadable, read_state, write_state
 from turncoat.runtimes.seat import AttackBroke
 from turncoat.runtimes.simulate import TooFewClients, Watch, simulate
@@ -457,3 +460,20 @@ def test_offers_reach_only_who_asks() -> None:
         return messages[0].delta
 
     assert float(call(plain, [Clear(torch.ones(1), 1.0)], memory=None, rng=None)) == 1
+
+
+def struck_at_birth() -> None:
+    """Be interrupted before, and after, one is told to ignore it."""
+    os.kill(os.getpid(), signal.SIGINT)
+    become_worker()
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_worker_is_deaf_to_interruption_from_its_first_moment() -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    child: Any = context().Process(target=struck_at_birth)  # type: ignore[attr-defined]
+    child.start()
+    child.join(30)
+    assert child.exitcode == 0
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before

@@ -33,7 +33,23 @@ def context() -> BaseContext:
     method = os.environ.get("TURNCOAT_START", "fork" if "fork" in known else "spawn")
     if method not in known:
         raise ValueError(f"TURNCOAT_START={method!r} is no start method: {', '.join(known)} are")
-    return multiprocessing.get_context(method)
+    return _Fork() if method == "fork" else multiprocessing.get_context(method)
+
+
+if hasattr(os, "fork"):
+
+    class _Shielded(multiprocessing.context.ForkProcess):
+        """Is born deaf to Ctrl-C, which would strike a child before it is told to ignore it."""
+
+        def start(self) -> None:
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                super().start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    class _Fork(multiprocessing.context.ForkContext):
+        Process = _Shielded
 
 
 def become_worker() -> None:
@@ -41,6 +57,8 @@ def become_worker() -> None:
     one_thread()
     keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()
