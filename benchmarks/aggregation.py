@@ -249,14 +249,16 @@ def _serve(library: str, rule: str, file: Path, n: int, d: int, f: int, pipe: Co
     while True:
         try:
             pipe.recv()
-            pipe.send([_timed(one) for one in made])
+            pipe.send([_timed(one, rested=i == 0) for i, one in enumerate(made)])
         except EOFError:
             return
         except Exception as error:
             pipe.send(f"{type(error).__name__}: {error}")
 
 
-def _timed(one: Callable[[], Any]) -> Call:
+def _timed(one: Callable[[], Any], rested: bool) -> Call:
+    if not rested:  # as all others are when it is their turn
+        time.sleep(PAUSE)
     held = _reset_peak()
     began, worked = time.perf_counter(), time.process_time()
     answer = one()
