@@ -6,6 +6,7 @@ that streams gives the same bits. Oracle: PyTorch's own SGD. Sabotage: a pad tha
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import Generator, Tensor, nn
@@ -202,7 +203,12 @@ def test_tiny_changes_survive_the_grid() -> None:
     assert float((opened - clear).abs().max()) < 2.0**-24 / 100
 
 
-@given(st.integers(1, 40), st.sampled_from([1, 3, 1 << 15, (1 << 15) + 1]), st.integers(0, 99))
+@given(
+    st.integers(1, 40) | st.sampled_from([128, 129, 300]),
+    st.sampled_from([1, 3, 1 << 15, (1 << 15) + 1]),
+    st.integers(0, 99),
+)
+@example(n=300, size=(1 << 14) + 1, seed=0)
 @settings(max_examples=25, deadline=None)
 def test_rows_of_a_matrix_have_the_same_total_as_single_vectors(
     n: int, size: int, seed: int
@@ -215,6 +221,27 @@ def test_rows_of_a_matrix_have_the_same_total_as_single_vectors(
     for other in (Update.total(apart), Update.total(iter(listed))):
         assert torch.equal(found.delta, other.delta)
         assert found.weight == other.weight
+
+
+def test_a_total_holds_one_group_of_messages_at_a_time() -> None:
+    held, most = 0, 0
+
+    def gone() -> None:
+        nonlocal held
+        held -= 1
+
+    def stream() -> Iterator[Update]:
+        nonlocal held, most
+        for i in range(400):
+            vector = torch.full((3,), float(i))
+            weakref.finalize(vector, gone)
+            held += 1
+            most = max(most, held)
+            yield Update(vector, 1.0)
+            del vector
+
+    assert torch.equal(Update.total(stream()).delta, torch.full((3,), 199.5))
+    assert 128 <= most <= 130  # the first is kept, and the stream has one in hand
 
 
 def test_adding_one_by_one_is_the_total() -> None:

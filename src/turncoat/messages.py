@@ -89,15 +89,18 @@ class Clear(Revealed):
         first = next(parts)
         together = max(_FEWEST, min(_MOST, _NUMBERS // max(len(first.delta), 1)))
         group = [first, *islice(parts, together - 1)]
-        shares, weight = _Shares.of(group), sum(m.weight for m in group)
-        total: Tensor | None = None
-        while following := list(islice(parts, together)):
-            if total is None:
-                total = torch.zeros_like(first.delta, dtype=torch.float64)
-            total.add_(shares.product(group), alpha=shares.scale)
-            group, shares = following, _Shares.of(following)
+        total, weight = None, 0.0
+        while True:
+            shares = _Shares.of(group)
+            mean = shares.product(group)
             weight += sum(m.weight for m in group)
-        mean = shares.product(group)
+            group = []  # before the next are drawn: no more than one group is held
+            group = list(islice(parts, together))
+            if not group:
+                break
+            if total is None:
+                total = torch.zeros_like(mean, dtype=torch.float64)
+            total.add_(mean, alpha=shares.scale)
         for start in range(0, len(mean), _BLOCK):
             here = mean[start : start + _BLOCK]
             exact = torch.mul(
