@@ -143,12 +143,12 @@ def _compose(
 ) -> Private | Unproven:
     from dp_accounting import SelfComposedDpEvent  # here, for it takes a second to import
 
-    from turncoat.metrics.tradeoff import composed
+    from turncoat.metrics.tradeoff import NotComposed, composed
 
     whole = SelfComposedDpEvent(event, num_rounds)
     try:
         accountant = composed(whole)
-    except ValueError:
+    except NotComposed:
         return Unproven(noisy.unit, f"no accountant here composes {event!r}")
     return Private(noisy.unit, float(accountant.get_epsilon(delta)), delta, seats, whole)
 

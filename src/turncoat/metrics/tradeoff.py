@@ -22,6 +22,10 @@ _STEPS = 5e4  # into which an epsilon is divided at most: little noise would nee
 _ORDERS = (*range(2, 33), 64, 128, 256, 512)  # of Rényi's divergence; whole ones are quick
 
 
+class NotComposed(ValueError):
+    """An event that no accountant here composes."""
+
+
 def tpr_limit(event: Any, fpr: float) -> float:
     """Return the largest TPR at ``fpr`` of any test for one record, knowing all others.
 
@@ -69,7 +73,7 @@ def composed(event: Any) -> PLDAccountant:
     """Return the accountant of a whole training's event, for one record (or client) more or less.
 
     Raises:
-        ValueError: If no accountant here composes the event.
+        NotComposed: If no accountant here composes the event.
     """
     return _composed(_Named(repr(event), event))
 
@@ -86,7 +90,7 @@ class _Named:
 def _composed(named: _Named) -> PLDAccountant:
     event = named.event
     if not PLDAccountant().supports(event):
-        raise ValueError(f"no accountant here composes {event!r}")
+        raise NotComposed(f"no accountant here composes {event!r}")
     step, rough = _FINEST, RdpAccountant(_ORDERS)
     if rough.supports(event):
         step = max(step, min(rough.compose(event).get_epsilon(1e-5) / _STEPS, 1.0))
