@@ -420,23 +420,19 @@ def _batch_norm(app: App, model: Any) -> Iterator[Finding]:
         "example-level DP it breaks the proof, for each example changes the others' outputs."
     )
     cure = "Replace it by GroupNorm, or keep its statistics at the nodes."
-    names: list[str] = []
     if model is not None:
         from torch.nn.modules.batchnorm import _BatchNorm
 
         module = model() if isclass(model) or not hasattr(model, "modules") else model
-        names = [
-            n or "itself" for n, part in module.named_modules() if isinstance(part, _BatchNorm)
-        ]
-        where = type(module).__name__
+        found = any(isinstance(part, _BatchNorm) for part in module.modules())
+        where = [type(module).__name__] if found else []
     else:
-        where = next((n for n, source in app.modules.items() if "BatchNorm" in source), "")
-        names = [where] if where else []
-    if names:
+        where = [name for name, source in app.modules.items() if "BatchNorm" in source]
+    for name in where:
         yield Finding(
-            Severity.DANGER, f"{where} has batch normalisation, and {who} clips it.", why, cure
+            Severity.DANGER, f"{name} has batch normalisation, and {who} clips it.", why, cure
         )
-    elif model is None and not app.modules:
+    if model is None and not app.modules:
         yield Finding(
             Severity.UNKNOWN,
             f"Whether the model that {who} clips has batch normalisation is not known.",

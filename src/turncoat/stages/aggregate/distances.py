@@ -1,7 +1,7 @@
 """Distances between all updates: as fast as a Gram product, and true where a Gram product is not.
 
 ``|a|^2 - 2ab + |b|^2`` loses what is small next to ``a`` and ``b``. So one row near the others is
-taken from all first; then products are summed in float32 for no longer than 128 columns, in float64
+taken from all first; then products are summed in float32 for no longer than 256 columns, in float64
 beyond; and distances that are still small next to what they are the difference of are measured
 again, about a row that is nearer.
 """
@@ -20,9 +20,10 @@ from turncoat.columns import by_columns
 from turncoat.messages import Clear, rows
 from turncoat.stages.aggregate.geometry import finite_rows
 
-_CHUNK = 128  # products that are summed in float32
+_CHUNK = 256  # products that are summed in float32
 _TRUSTED = 1 / 16  # of the squared distances to the centre: what is less is measured again
 _CENTRES = 3  # in turn; what is in doubt about the last is measured by differences
+_WIDTH = 8192  # columns at a time
 _SMALL, _LARGE = 1e-20, 1e30  # sums of squares that float32 neither loses nor overflows
 _SAMPLE = 256  # columns in which a centre is looked for
 
@@ -131,7 +132,7 @@ def _gram(matrix: Tensor, group: Tensor, centre: int) -> Tensor:
         return gram.cpu()
 
     total = torch.zeros(m, m, dtype=torch.float64)
-    for part in by_columns(products, matrix.shape[1]):
+    for part in by_columns(products, matrix.shape[1], _WIDTH):
         total += part
     return total.triu() + total.triu(1).T  # symmetric to the bit: who scores alike is told apart
 
