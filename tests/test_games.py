@@ -360,6 +360,16 @@ def test_accuracy_lost_sets_the_attacked_model_beside_the_clean_one(task: Task) 
     assert lost.value == pytest.approx(40) and lost.unit == "points" and lost.low > 30
 
 
+@pytest.mark.parametrize(("num_more", "beats"), [(1, False), (5, False), (6, True)])
+def test_one_example_more_is_no_success(task: Task, num_more: int, beats: bool) -> None:
+    hurt = QueryView(lambda x: one_hot((torch.arange(len(x)) < num_more).long() * 2))
+    clean = QueryView(lambda x: one_hot(torch.zeros(len(x)).long()))
+    outcome = BackdoorSuccess(PixelPattern(1), 2)
+    found = outcome.mark(hurt, clean, task=task, rng=RANDOM.at("mark")).headline
+    assert found.low > found.baseline == 0.0  # so the interval of the value alone would do
+    assert found.beats_baseline is beats
+
+
 def test_no_attack_is_no_success(task: Task) -> None:
     view = ModelView(task.model, task.model.initial(RANDOM.at("begin")))
     outcomes: tuple[Any, ...] = (

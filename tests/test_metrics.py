@@ -23,7 +23,13 @@ from turncoat.metrics.images import (
     psnr,
     ssim,
 )
-from turncoat.metrics.intervals import clopper_pearson, of_difference, of_mean, wilson
+from turncoat.metrics.intervals import (
+    clopper_pearson,
+    of_difference,
+    of_mean,
+    of_paired_shares,
+    wilson,
+)
 from turncoat.metrics.ranking import ROC, auc, delong, tpr_interval
 
 SCORES = st.lists(st.integers(-5, 5), min_size=1, max_size=40)
@@ -131,6 +137,24 @@ def test_an_interval_of_differences_is_that_of_a_paired_t_test() -> None:
     a, b = torch.rand(9, generator=rng).double(), torch.rand(9, generator=rng).double()
     found = stats.ttest_rel(a.numpy(), b.numpy()).confidence_interval()
     assert of_difference(a, b) == pytest.approx((found.low, found.high), abs=1e-12)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
+def test_paired_shares_differ_where_mcnemars_test_says_so(
+    pairs: list[tuple[bool, bool]],
+) -> None:
+    first, second = torch.tensor(pairs).T
+    low, high = of_paired_shares(first, second)
+    gained, lost = int((first & ~second).sum()), int((second & ~first).sum())
+    p = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    assert (low > 0 or high < 0) is bool(p < 0.05)
+    assert low - 1e-12 <= (gained - lost) / len(pairs) <= high + 1e-12
+    assert of_paired_shares(second, first) == pytest.approx((-high, -low), abs=1e-12)
+
+
+def test_paired_shares_need_the_same_trials() -> None:
+    with pytest.raises(ValueError, match=r"pairs trials; there are \(2,\) and \(3,\)"):
+        of_paired_shares(torch.ones(2).bool(), torch.ones(3).bool())
 
 
 def test_one_value_has_no_interval() -> None:

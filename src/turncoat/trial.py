@@ -40,6 +40,8 @@ class Measurement:
         low, high: The interval of ``value``.
         worst: The value at which the attacker has all there is to have; says which way is worse.
         unit: Of all the above: ``"dB"``, or nothing.
+        least_gain: How far at least ``value`` is from ``baseline`` towards ``worst``, at the same
+            95 %; for a baseline that was measured on the same trials, and is as uncertain.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Measurement:
     high: float
     worst: float
     unit: str = ""
+    least_gain: float | None = None
 
     @property
     def success(self) -> float:
@@ -60,10 +63,13 @@ class Measurement:
     def beats_baseline(self) -> bool:
         """Say whether the whole interval lies on the attacker's side of the baseline.
 
-        Where not to attack already gives all there is, no side is left.
+        That is the interval of the gain, if there is one. Where not to attack already gives all
+        there is, no side is left.
         """
         if self.worst == self.baseline:
             return False
+        if self.least_gain is not None:
+            return self.least_gain > 0
         return self.low > self.baseline if self.worst > self.baseline else self.high < self.baseline
 
 

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from turncoat.attacks.backdoor.edge_cases import Edge
 from turncoat.attacks.backdoor.triggers import Trigger
-from turncoat.metrics.intervals import clopper_pearson, of_difference, wilson
+from turncoat.metrics.intervals import clopper_pearson, of_difference, of_paired_shares, wilson
 from turncoat.task import Task
 from turncoat.trial import Marked, Measurement, Released
 from turncoat.validate import at_least
@@ -217,9 +217,7 @@ def _recall(
 ) -> Measurement:
     """Return the share of the chosen examples that are taken for what they are."""
     hits = (after.argmax(dim=1) == labels)[chosen]
-    baseline = float((before.argmax(dim=1) == labels)[chosen].double().mean())
-    interval = clopper_pearson(int(hits.sum()), len(hits))
-    return Measurement(name, float(hits.double().mean()), baseline, *interval, worst=0.0)
+    return _share(name, hits, (before.argmax(dim=1) == labels)[chosen], worst=0.0)
 
 
 def _taken_for(
@@ -231,10 +229,21 @@ def _taken_for(
         raise ValueError(
             f"target {target} is no class; there are {after.shape[1]}, 0 to {after.shape[1] - 1}"
         )
-    hits = int((after.argmax(dim=1) == target).sum())
-    baseline = float((before.argmax(dim=1) == target).double().mean())
-    value, interval = hits / len(inputs), clopper_pearson(hits, len(inputs))
-    return Measurement(name, value, baseline, *interval, worst=1.0)
+    return _share(name, after.argmax(dim=1) == target, before.argmax(dim=1) == target, worst=1.0)
+
+
+def _share(name: str, after: Tensor, before: Tensor, *, worst: float) -> Measurement:
+    """Return the share of hits beside that of the unattacked model, of the same examples."""
+    interval = clopper_pearson(int(after.sum()), len(after))
+    value, baseline = float(after.double().mean()), float(before.double().mean())
+    least = _least_gain(after, before, worst)
+    return Measurement(name, value, baseline, *interval, worst, least_gain=least)
+
+
+def _least_gain(after: Tensor, before: Tensor, worst: float) -> float:
+    """Return the least difference of two shares, at 95 %, on the attacker's side."""
+    low, high = of_paired_shares(after, before)
+    return low if worst else -high
 
 
 def _performance(task: Task, after: Tensor, before: Tensor) -> tuple[Measurement, Measurement]:
@@ -247,8 +256,10 @@ def _performance(task: Task, after: Tensor, before: Tensor) -> tuple[Measurement
     interval = wilson(float(hurt.sum()), len(labels))
     low, high = (100 * bound for bound in of_difference(clean, hurt))
     lost = 100 * (baseline - value)
+    shares = bool(((hurt == 0) | (hurt == 1)).all() and ((clean == 0) | (clean == 1)).all())
+    least = _least_gain(hurt.bool(), clean.bool(), worst=0.0) if shares else low / 100
     return (
-        Measurement(name, value, baseline, *interval, worst=chance),
+        Measurement(name, value, baseline, *interval, worst=chance, least_gain=least),
         Measurement(f"{name}_lost", lost, 0.0, low, high, 100 * (baseline - chance), "points"),
     )
 

@@ -43,6 +43,7 @@ def combined(marks: Sequence[Marked], away: Sequence[int]) -> Marked:
 
 
 def _mean(found: Sequence[Measurement]) -> Measurement:
+    least = [m.least_gain for m in found if m.least_gain is not None]
     return replace(
         found[0],
         value=fmean(m.value for m in found),
@@ -50,4 +51,5 @@ def _mean(found: Sequence[Measurement]) -> Measurement:
         low=fmean(m.low for m in found),
         high=fmean(m.high for m in found),
         worst=fmean(m.worst for m in found),
+        least_gain=fmean(least) if len(least) == len(found) else None,
     )

@@ -76,6 +76,35 @@ def of_difference(first: Tensor, second: Tensor, level: float = 0.95) -> Interva
     return of_mean(first.double() - second.double(), level)
 
 
+def of_paired_shares(first: Tensor, second: Tensor, level: float = 0.95) -> Interval:
+    """Return the interval of the difference of two shares of the same trials.
+
+    It is exact given how many trials differ, as McNemar's test is [1]_: it excludes 0 where that
+    does. One more hit in a thousand is no difference.
+
+    Args:
+        first, second: Whether each trial is a hit. Shape: ``(trials,)``, bool.
+
+    >>> from torch import tensor
+    >>> low, high = of_paired_shares(tensor([True] * 8), tensor([False] * 6 + [True] * 2))
+    >>> f"{low:.2f} {high:.2f}"
+    '0.06 0.75'
+
+    .. [1] McNemar, Psychometrika 1947. https://doi.org/10.1007/BF02295996
+    """
+    if first.shape != second.shape or not first.numel():
+        raise ValueError(
+            "of_paired_shares pairs trials; there are "
+            f"{tuple(first.shape)} and {tuple(second.shape)}"
+        )
+    gained, lost = int((first & ~second).sum()), int((second & ~first).sum())
+    if not (differ := gained + lost):
+        return 0.0, 0.0
+    low, high = clopper_pearson(gained, differ, level)
+    share = differ / first.numel()
+    return share * (2 * low - 1), share * (2 * high - 1)
+
+
 def _check(hits: float, trials: int) -> None:
     if trials < 1 or not 0 <= hits <= trials:
         raise ValueError(f"there is no share of {hits} in {trials}: both must be counts")
