@@ -290,7 +290,7 @@ def _show_calibration(where: Path) -> None:
     write_report(where)
     page, found = write_calibration(where), read(where)
     shown = Table(box=None, pad_edge=False, show_edge=False)
-    for column in (COLUMNS[0], found["parameter"], *COLUMNS[2:]):
+    for column in COLUMNS:  # "value": the name of a parameter takes half of the screen
         shown.add_column(escape(column), overflow="fold")
     for row in table(found):
         shown.add_row(*map(escape, row))
