@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Generator, Tensor
+from torch.nn.functional import one_hot
 
 from turncoat.attacks.attribute.queries import (
     CSMIA,
@@ -134,7 +135,7 @@ from turncoat.games.reconstruction import Reconstruct
 from turncoat.games.records import ReconstructRows
 from turncoat.games.slices import ReconstructSlices
 from turncoat.graphs import Complete, RandomRegular, Ring, StarOfStars
-from turncoat.messages import Clear, Update, rows
+from turncoat.messages import Clear, Update, Votes, rows
 from turncoat.parts import PARTS
 from turncoat.randomness import Randomness
 from turncoat.stage import PLACES, Aggregate, Memory, Prepare, Train, call, stands
@@ -154,6 +155,7 @@ from turncoat.stages.aggregate.fldetector import FLDetector
 from turncoat.stages.aggregate.fltrust import FLTrust
 from turncoat.stages.aggregate.foolsgold import FoolsGold
 from turncoat.stages.aggregate.geometric_median import GeometricMedian
+from turncoat.stages.aggregate.gnmax import GNMax
 from turncoat.stages.aggregate.krum import Krum, MultiKrum
 from turncoat.stages.aggregate.mean import Mean
 from turncoat.stages.aggregate.nearest_neighbour_mixing import NNM
@@ -164,6 +166,7 @@ from turncoat.stages.aggregate.signguard import SignGuard
 from turncoat.stages.aggregate.sparsefed import SparseFed
 from turncoat.stages.aggregate.update_analysis import CosineTest, NormTest, UpdatePCA
 from turncoat.stages.aggregate.weak_dp import WeakDP
+from turncoat.stages.begin.unanswered import Unanswered
 from turncoat.stages.channel.distributed_noise import DistributedNoise
 from turncoat.stages.channel.secure_aggregation import SecureAggregation
 from turncoat.stages.prepare.activation_clustering import ActivationClustering
@@ -174,12 +177,14 @@ from turncoat.stages.release.fine_pruning import FinePruning
 from turncoat.stages.release.neural_cleanse import NeuralCleanse
 from turncoat.stages.release.queries import Queries
 from turncoat.stages.release.smoothed import SmoothedVote
+from turncoat.stages.release.student import Distilled, Student
 from turncoat.stages.train.dpsgd import DPSGD
 from turncoat.stages.train.local import Clipped, FedSGD, LocalSGD
 from turncoat.stages.train.local_noise import LocalNoise
 from turncoat.stages.train.pruned import GradientPruning
 from turncoat.stages.train.quantised import Quantised
 from turncoat.stages.train.soteria import Soteria
+from turncoat.stages.train.teacher import Teacher
 from turncoat.task import Batch, Model, Task
 from turncoat.tasks.bundled import breast_cancer
 from turncoat.tasks.models import MLP, Built, ConvNet, LeNet5, ResNet
@@ -304,6 +309,13 @@ def two_rounds() -> tuple[ClientView[Update], ...]:
     """Return what one client sees of two rounds running."""
     first: ClientView[Update] = example_view(ClientView[Update], example_task())
     return first, replace(first, round=1, before=first.before + first.mine.delta / 2)
+
+
+def votes() -> tuple[Votes, ...]:
+    """Return what three teachers say of the public examples."""
+    num = len(example_task().population[1])
+    said = [torch.arange(num) % 3, torch.arange(num) % 3, torch.arange(num) // 3 % 3]
+    return tuple(Votes(one_hot(some, 3).float().flatten(), 1.0) for some in said)
 
 
 ATTACKS = {
@@ -444,6 +456,8 @@ STAGES = {
     "gradient-pruning": cited(GradientPruning(0.9, SGD, True), {"sparsity": 1.0}),
     "quantised": cited(Quantised(4, SGD), {"bits": 0}, {"bits": 17}),
     "soteria": cited(Soteria(0.4, SGD), {"share": 1.1}),
+    "teacher": cited(Teacher(SGD)),
+    "unanswered": trivial(Unanswered()),
     "plain": trivial(Plain()),
     "secure-aggregation": cited(SecureAggregation(2), {"precision": 0.0}),
     "distributed-noise": cited(
@@ -526,6 +540,21 @@ STAGES = {
         LossFilter(ratio=0.9, from_round=0), {"ratio": 0.0}, {"share": 0.1}, {"ratio": None}
     ),
     "influence-filter": cited(InfluenceFilter(0.2, from_round=0), {"false_alarms": 1.5}),
+    "gnmax": Row(
+        GNMax(sigma=2.0, num_queries=20, threshold=3.0, threshold_sigma=1.0, max_answers=9),
+        (
+            {"sigma": -1.0},
+            {"num_queries": 0},
+            {"threshold": None},
+            {"threshold_sigma": None},
+            {"max_answers": 0},
+        ),
+        more={"subjects": (votes(),)},
+    ),
+    "student": Row(
+        Student(WhiteBox()), more={"subjects": (example_task().model, votes()[0].delta)}
+    ),
+    "distilled": cited(Distilled(WhiteBox()), {"temperature": 0.0}, {"share": 0.0}, {"share": 1.5}),
     "fine-pruning": cited(FinePruning(WhiteBox()), {"max_drop": -0.1}),
     "neural-cleanse": cited(
         NeuralCleanse(WhiteBox(), num_steps=3, min_classes=3), {"min_classes": 2}, {"share": 2.0}
@@ -754,7 +783,13 @@ def every() -> Iterator[tuple[str, str, Check]]:
         ),
         "stage": (
             STAGES,
-            lambda r: stage_checks(r.part, place_of(r.part), refused=r.refused, cites=r.cites),
+            lambda r: stage_checks(
+                r.part,
+                place_of(r.part),
+                *r.more.get("subjects", ()),
+                refused=r.refused,
+                cites=r.cites,
+            ),
         ),
         "partition": (
             PARTITIONS,

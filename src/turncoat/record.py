@@ -71,9 +71,14 @@ class AuditFolder:
         return self.path / "cells" / f"{cell}.safetensors"
 
     def is_trained(self, training: Training) -> bool:
-        """Say whether a training is finished, with all the states that are wanted of it."""
+        """Say whether a training is finished, with all that is wanted of it."""
+        log = self.played(training)
+        return log is not None and set(log.get("remade", {})) >= training.remakes
+
+    def played(self, training: Training) -> dict[str, Any] | None:
+        """Return the log of a training whose rounds are done, with all states that are wanted."""
         states = [self.state(training.key, t) for t in (None, *training.states) if t != 0]
-        return read_log(self.log(training.key)) is not None and all(p.exists() for p in states)
+        return read_log(self.log(training.key)) if all(p.exists() for p in states) else None
 
     def claim(self, audit: Audit, *, update: bool) -> None:
         """Make the folder this audit's, or refuse.
@@ -294,6 +299,12 @@ def read_log(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def ended(log: Mapping[str, Any], defence: str) -> float:
+    """Return where a finished training ended: of another model, if the defence releases another."""
+    other = log.get("remade", {}).get(defence)
+    return float(log["history"][-1] if other is None else other)
+
+
 def num_left_out(folder: Path) -> int:
     """Return how often a client was left out of a round, after ``write_records``."""
     lines = (folder / "trainings.jsonl").read_text(encoding="utf-8").splitlines()
@@ -354,6 +365,7 @@ def _training_record(folder: AuditFolder, planned: Mapping[str, Any]) -> dict[st
     incidents = [{"round": r, "client": c, "what": w} for r, c, w in log["incidents"]]
     left_out = sum(c is not None for _, c, _ in log["incidents"])
     log |= {"incidents": incidents, "left_out": left_out}
+    log["remade"] = log.get("remade", {}).get(planned["defence"])
     return record | log | {"status": "done", "error": None}
 
 
