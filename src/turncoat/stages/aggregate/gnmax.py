@@ -25,36 +25,35 @@ from turncoat.validate import at_least, positive
 class GNMax:
     """Answer public examples with the class that has most votes, once noise is on them [1]_.
 
-      Each round answers the next ``num_queries`` of the public examples. With a ``threshold``
-      (Confident-GNMax) those are left unanswered whose largest count, with noise of its own, is below
-      it: teachers who agree cost no accuracy, and those who do not are not heard.
+    Each round answers the next ``num_queries`` of the public examples. With a ``threshold``
+    (Confident-GNMax) those are left out whose largest count, with noise of its own, is below it:
+    teachers who disagree are not heard.
 
-      Formal guarantee: an answer is a Gaussian mechanism of noise ``sigma`` on counts that change by
-      the square root of 2 at most, since a client that changes its mind moves two of them by 1; a
-      look at the threshold is one of noise ``threshold_sigma`` on a count that changes by 1. All
-      queries of all rounds compose, every one counted as answered up to ``max_answers``.
-      Neighbours differ in all records of one client, or in the client, and so in a record as
-      well: one record less may turn every vote of its teacher, which is why it costs no less. Nothing
-      is gained from sampling clients. It holds against users and clients, who see answers, and not
-      against a server that reads votes: secure aggregation hides these. What is made of the answers
-      is post-processing.
+    Formal guarantee: an answer is a Gaussian mechanism of noise ``sigma`` on counts that change by
+    the square root of 2 at most, as a client that changes its mind moves two of them by 1; a look
+    at the threshold is one of noise ``threshold_sigma`` on a count that changes by 1. All queries
+    of all rounds compose, each counted as answered, up to ``max_answers``. Neighbours differ in the
+    records of one client, some or all of them, or in the client. A single record may turn every
+    vote of its teacher: its ε is no smaller. Nothing is gained from sampling clients. It holds
+    against users and clients, who see answers, and not against a server that reads votes, unless
+    secure aggregation hides these. What is made of the answers is post-processing.
 
-      The bound does not look at the votes. That of the paper does, is often several times smaller,
-      and leaks itself unless it is smoothed: it is not built.
+    This bound does not look at the votes. The paper's does, is often several times smaller, and
+    leaks itself unless it is smoothed: it is not built.
 
-      Differs from the paper: ``max_answers``; noise is float64, which the theorem's real numbers are
-      not. Whatever a client sends in the clear counts once, for its largest entry. Under masks a
-    XX
+    Differs from the paper: ``max_answers``; noise is float64, which the theorem's real numbers are
+    not. What a client sends in the clear counts once, for its largest entry. Under masks a
+    dishonest client may vote more than once, which bends answers and leaves the ε of others alone.
 
-      Args:
-          sigma: Standard deviation of the noise on each class's count, in votes.
-          num_queries: How many public examples are asked about in a round.
-          threshold: In votes; None for an answer to every query.
-          threshold_sigma: Of the noise on the largest count, in votes; goes with the threshold.
-          max_answers: How many are answered in a round at most; later queries are then not looked at.
+    Args:
+        sigma: Standard deviation of the noise on each class's count, in votes.
+        num_queries: How many public examples are asked about in a round.
+        threshold: In votes; None for an answer to every query.
+        threshold_sigma: Of the noise on the largest count, in votes; goes with the threshold.
+        max_answers: How many are answered in a round at most; later queries are not answered.
 
-      .. [1] Papernot et al., ICLR 2018, section 3 and algorithm 1; the RDP of both noises is
-         propositions 8 and 10 of its appendix. https://arxiv.org/abs/1802.08908
+    .. [1] Papernot et al., ICLR 2018, section 3 and algorithm 1; the RDP of both noises is
+       propositions 8 and 10 of its appendix. https://arxiv.org/abs/1802.08908
     """
 
     sigma: float
