@@ -138,6 +138,7 @@ from turncoat.graphs import Complete, RandomRegular, Ring, StarOfStars
 from turncoat.messages import Clear, Update, Votes, rows
 from turncoat.parts import PARTS
 from turncoat.randomness import Randomness
+from turncoat.selection import FixedRuns, NegativeBinomialRuns, PoissonRuns
 from turncoat.stage import PLACES, Aggregate, Memory, Prepare, Train, call, stands
 from turncoat.stages.aggregate.arc import ARC
 from turncoat.stages.aggregate.bucketing import Bucketing
@@ -669,6 +670,14 @@ CALLED = {
         "from": trivial(From(2), {"first": -1}),
     },
 }
+RUNS = {
+    "fixed-runs": cited(FixedRuns(3), {"num_runs": 0}),
+    "negative-binomial-runs": cited(
+        NegativeBinomialRuns(1.0, 0.2), {"eta": -0.5}, {"gamma": 0.0}, {"gamma": 1.0}
+    ),
+    "poisson-runs": cited(PoissonRuns(3.0), {"mean": 0.5}),
+}
+
 SEARCHED = {  # the parts of an inversion: each is tried in one
     "objective": {
         "cosine": cited(Cosine()),
@@ -807,6 +816,9 @@ def every() -> Iterator[tuple[str, str, Check]]:
         for name, row in table.items():
             for said, check in called_checks(row, ARGUMENTS[kind]):
                 yield f"{kind}-{name}-{said}", name, check
+    for name, row in RUNS.items():
+        for said, check in value_checks(row.part, refused=row.refused, cites=row.cites):
+            yield f"search-{name}-{said}", name, check
     for place, table in SEARCHED.items():
         for name, row in table.items():
             for said, check in searched_checks(row, place):
@@ -897,6 +909,7 @@ def test_every_part_has_a_row_and_every_row_a_part() -> None:
         "model": MODELS,
         "game": GAMES,
         "outcome": OUTCOMES,
+        "search": RUNS,
         **CALLED,
         **{"prior" if place == "priors" else place: rows for place, rows in SEARCHED.items()},
     }

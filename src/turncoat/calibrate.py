@@ -545,6 +545,7 @@ class _Search:
             num_records=min((n for n in audit.task.sizes if n), default=0),
             num_rounds=audit.num_rounds,
             delta=audit.delta,
+            search=audit.search,
         )
         why = ["no stage adds noise of which an accountant knows"]
         fit = []
@@ -565,7 +566,7 @@ class _Search:
         """Return the weakest value for which the theorem holds; found once for a folder."""
         name = key(
             asdict(self.risk), self.knob, self.origin, self.audit.task_key, self.audit.num_rounds,
-            self.audit.delta, list(map(str, self.seats)),
+            self.audit.delta, self.audit.search, list(map(str, self.seats)),
         )  # fmt: skip
         note = self.folder / f"bound-{name[:16]}.json"
         with suppress(OSError, ValueError, TypeError):

@@ -254,6 +254,11 @@ PARTS: dict[str, dict[str, str]] = {
     "edge": {
         "tail": f"{_ATTACKS}.backdoor.edge_cases:Tail",
     },
+    "search": {
+        "fixed-runs": "turncoat.selection:FixedRuns",
+        "negative-binomial-runs": "turncoat.selection:NegativeBinomialRuns",
+        "poisson-runs": "turncoat.selection:PoissonRuns",
+    },
     "members": {
         "clients": "turncoat.coalition:Clients",
         "pool": "turncoat.coalition:Pool",

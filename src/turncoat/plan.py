@@ -17,6 +17,7 @@ from turncoat.games.properties import SameStart
 from turncoat.graphs import neighbours_of
 from turncoat.randomness import Randomness
 from turncoat.runtimes.simulate import Watch, cohorts
+from turncoat.selection import Search
 from turncoat.stage import Broadcast, asks, code_of, matches, within
 from turncoat.task import Shards, Task
 from turncoat.trial import Blocked, Failed, Sabotage, Trial, why_blocked
@@ -43,6 +44,7 @@ class Audit:
         federations: The columns by name; the first is the federation as it is.
         entries: The attacks by name.
         delta: At which every ε is stated.
+        search: How many trainings with other hyper-parameters each ε covers; None for this one.
         titles: What people call a federation, where its name does not say enough.
         text, overrides, variant: The file this came from, and which of its variants it is.
     """
@@ -54,6 +56,7 @@ class Audit:
     num_rounds: int
     seeds: tuple[int, ...]
     delta: float = 1e-5
+    search: Search | None = None
     titles: Mapping[str, str] = field(default_factory=dict)
     text: str = ""
     overrides: tuple[str, ...] = ()

@@ -168,6 +168,7 @@ def planned_record(audit: Audit) -> dict[str, Any]:
         "rounds": audit.num_rounds,
         "seeds": list(audit.seeds),
         "delta": audit.delta,
+        "search": audit.search and str(audit.search),
         "config_sha256": hashlib.sha256(audit.text.encode()).hexdigest(),
         "overrides": list(audit.overrides),
         "variant": audit.variant,
@@ -214,6 +215,7 @@ def defence_record(audit: Audit, name: str, federation: Federation[Any, Any]) ->
         num_records=min(audit.task.sizes),
         num_rounds=audit.num_rounds,
         delta=audit.delta,
+        search=audit.search,
     )
     stages = {place: getattr(fitted, place) for place in STAGES}
     texts = {place: repr(stage) for place, stage in stages.items()}
@@ -244,6 +246,7 @@ def defence_record(audit: Audit, name: str, federation: Federation[Any, Any]) ->
                 "epsilon": g.epsilon if isinstance(g, Private) else None,
                 "delta": g.delta if isinstance(g, Private) else None,
                 "against": sorted(g.against) if isinstance(g, Private) else [],
+                "search": g.search if isinstance(g, Private) else "",
                 "doubt": _doubt(g, audit.task),
                 "text": "; ".join(filter(None, (str(g), _doubt(g, audit.task)))),
             }

@@ -35,8 +35,9 @@ class GNMax:
     of all rounds compose, each counted as answered, up to ``max_answers``. Neighbours differ in the
     records of one client, some or all of them, or in the client. A single record may turn every
     vote of its teacher: its ε is no smaller. Nothing is gained from sampling clients. It holds
-    against users and clients, who see answers, and not against a server that reads votes, unless
-    secure aggregation hides these. What is made of the answers is post-processing.
+    against users and clients, who see answers, and not against the server, which counts votes
+    before the noise: under secure aggregation it learns the counts still, if no single vote. What
+    is made of the answers is post-processing.
 
     This bound does not look at the votes. The paper's does, is often several times smaller, and
     leaks itself unless it is smoothed: it is not built.
