@@ -133,7 +133,7 @@ def test_the_guarantee_is_that_of_one_gaussian() -> None:
 
 def test_nothing_is_gained_from_sampling_and_a_server_that_opens_the_sum_has_no_bound() -> None:
     rule = GNMax(sigma=20.0, num_queries=50)
-    ask = {"num_records": 9, "num_rounds": 1, "delta": DELTA}
+    ask: Any = {"num_records": 9, "num_rounds": 1, "delta": DELTA}
     (alone,) = guarantees(pate(rule), **ask)
     (some,) = guarantees(pate(rule, sample=PoissonSample(0.1)), **ask)
     (masked,) = guarantees(pate(rule, channel=SecureAggregation()), **ask)
@@ -248,7 +248,7 @@ def mislabelled(seed: int = 0) -> Task:
 
 
 def columns() -> dict[str, Federation[Any, Any]]:
-    plain = Federation(
+    plain: Federation[Any, Any] = Federation(
         train=LocalSGD(0.1, num_epochs=40, batch_size=15, momentum=0.9),
         channel=Plain(),
         aggregate=Mean(),
@@ -344,7 +344,7 @@ def test_shadows_are_distilled_or_taught_as_the_target_was(played: Played) -> No
 def test_the_accuracy_of_a_column_is_that_of_what_it_releases(played: Played) -> None:
     audit, folder, _ = played
     record = read(folder)
-    quality = {name: cost.quality for name, cost in costs(record).items()}
+    quality: Any = {name: cost.quality for name, cost in costs(record).items()}
     for name, federation in audit.federations.items():
         cell = next(c for c in plan(audit).cells if c.defence == name and c.run)
         params = read_tensors(AuditFolder(folder).state(cell.run))[0]["params"]
@@ -378,7 +378,7 @@ def test_the_surest_examples_are_kept_and_a_temperature_softens() -> None:
     params = task.model.initial(rng())
     logits = task.model.logits(params, task.public[0])
     inputs, soft = Distilled(WhiteBox(), 3.0, 0.25).answers(task.model, params, task.public[0])
-    entropy = Categorical(logits=logits).entropy()
+    entropy = Categorical(logits=logits).entropy()  # type: ignore[no-untyped-call]
     kept = sorted(range(48), key=lambda i: float(entropy[i]))[:12]
     assert torch.equal(inputs, task.public[0][sorted(kept)])
     assert torch.allclose(soft, (logits[sorted(kept)] / 3.0).softmax(dim=1))
@@ -415,7 +415,7 @@ def test_what_does_not_fit_is_refused_with_the_cure() -> None:
     with pytest.raises(IncompatibleStages, match="train with 'teacher'"):
         Federation(begin=Unanswered(), train=SGD, channel=Plain(), aggregate=Mean())
     with pytest.raises(IncompatibleStages, match=r"reads .*Votes"):
-        Federation(train=SGD, channel=Plain(), aggregate=rule)
+        Federation(train=SGD, channel=Plain(), aggregate=rule)  # type: ignore[misc]
     with pytest.raises(ValueError, match="needs public examples"):
         Unanswered()(replace(example_task(), public=None))
     task = example_task()

@@ -200,7 +200,8 @@ def _audit(tables: dict[str, Any], where: Where, text: str, overrides: tuple[str
         search = build(search, where / "search", kind="search")
         if not hasattr(search, "bounded"):
             raise ConfigError(
-                f"{where / 'search'}: {search!r} is no number of runs: see 'fixed-runs'"
+                f"{where / 'search'}: {search!r} is no number of runs; there are "
+                f"{', '.join(PARTS['search'])}"
             )
     for column, federation in federations.items():
         at = where / "federation" if column == "none" else where / "defence" / column

@@ -173,7 +173,7 @@ def _compose(
         whole, said = search.event(whole), str(search)
         if not search.bounded and seats - _SEE_THE_BEST:
             who = ", ".join(sorted(seats - _SEE_THE_BEST))
-            endless = f"{who} see every run of the search, and {search!r} has any number of them"
+            endless = f"every run of the search is seen by {who}, and {search!r} has no most"
             found.append(Unproven(noisy.unit, endless))
             seats &= _SEE_THE_BEST
             if not seats:
