@@ -1,11 +1,23 @@
-"""What is handed out instead of a model that has seen private records."""
+"""What is handed out instead of a model that has seen private records.
+
+``python -m papers.released`` writes what ``python -m papers.inference`` measured into
+docs/privacy.md.
+"""
 
 from __future__ import annotations
 
-from papers.ledger import Expectation, Experiment
+import json
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from papers.ledger import HERE, Expectation, Experiment
 from papers.taught import Releases
 from turncoat.attacks.membership.lira import LiRA
 from turncoat.federation import WhiteBox
+from turncoat.record import write_text
 from turncoat.stages.aggregate.gnmax import GNMax
 from turncoat.stages.release.student import Distilled, Student
 from turncoat.stages.train.local import LocalSGD
@@ -58,3 +70,50 @@ RELEASED = (
         ),
     ),
 )
+
+_ROWS = {"plain": "the model", "distilled": "distilled", "PATE": "PATE, 100 teachers"}
+_COLUMNS = {
+    "accuracy, percent": 1,
+    "AUC of LiRA": 3,
+    "TPR of LiRA at 1 % FPR, percent": 1,
+    "AUC of loss threshold": 3,
+    "ε composed": 2,
+}  # figures by name, and the digits that are shown
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    """Return what was measured as Markdown: means and 95 % intervals over the seeds."""
+    seeds = len(next(iter(figures.values()))["values"])
+    lines = [
+        f"| seeds: {seeds} | " + " | ".join(_COLUMNS) + " |",
+        "|---|" + "---:|" * len(_COLUMNS),
+    ]
+    for name, shown in _ROWS.items():
+        cells = [_cell(figures.get(f"{c}: {name}"), digits) for c, digits in _COLUMNS.items()]
+        lines.append(f"| {shown} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(figure: Mapping[str, Any] | None, digits: int) -> str:
+    if figure is None:
+        return "none"
+    value, low, high = (f"{figure[end]:.{digits}f}" for end in ("value", "low", "high"))
+    return value if low == high else f"{value} ({low} to {high})"
+
+
+def with_table(page: str, ledger: Path = HERE / "inference.json") -> str:
+    """Return a page with the table of what is in a ledger."""
+    experiments = json.loads(ledger.read_text("utf-8"))["experiments"]
+    (figures,) = (e["figures"] for e in experiments if e["name"] == RELEASED[0].name)
+    return re.sub(
+        r"(<!-- released -->\n).*?(\n<!-- end -->)",
+        lambda found: found[1] + table(figures) + found[2],
+        page,
+        flags=re.DOTALL,
+    )
+
+
+if __name__ == "__main__":
+    page = HERE.parent / "docs" / "privacy.md"
+    write_text(page, with_table(page.read_text("utf-8")))
+    sys.exit(0)

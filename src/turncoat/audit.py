@@ -494,39 +494,49 @@ def shown_score(
     params: Tensor,
     seed: int,
     dealt: slice = slice(None),
-    *,
-    remade: bool = False,
 ) -> float:
-    """Return the task's metric on some of the test set; of the model itself, where there is one.
+    """Return the task's metric on some of the test set; of the model itself, where there is one."""
+    if federation.yields_model:
+        return _score(ModelView(task.model, params), task, dealt)
+    return remade_score(federation, task, params, seed, dealt)
 
-    Args:
-        remade: Of what is released instead.
-    """
+
+def remade_score(
+    federation: Federation[Any, Any],
+    task: Task,
+    params: Tensor,
+    seed: int,
+    dealt: slice = slice(None),
+) -> float:
+    """Return the task's metric on some of the test set, of what is released."""
+    return _score(judged(federation, task, params, seed), task, dealt)
+
+
+def _score(view: ModelView | QueryView, task: Task, dealt: slice) -> float:
     inputs, labels = (t[:SHOWN][dealt] for t in task.test)
-    if federation.yields_model and not remade:
-        view: Any = ModelView(task.model, params)
-    else:
-        view = judged(federation, task, params, seed)
     return float(task.metric(view.scores(inputs), labels).mean())
 
 
 def _shown(
     audit: Audit, training: Training, task: Task, params: Tensor, remade_by: str | None = None
 ) -> float:
-    """Return ``shown_score``; of a graph, the mean of honest nodes: examples are dealt to them."""
+    """Return ``shown_score``; of a graph, the mean of honest nodes: examples are dealt to them.
+
+    Args:
+        remade_by: The defence whose released model is meant instead.
+    """
     federation = audit.federations[remade_by or training.defence]
-    worn, seed, remade = training.coalition, training.seed, remade_by is not None
+    worn, seed = training.coalition, training.seed
+    score = shown_score if remade_by is None else remade_score
     if federation.graph is None:
-        return shown_score(federation, task, params, seed, remade=remade)
+        return score(federation, task, params, seed)
     nodes = list(range(len(params)))
     if worn is not None and not worn.is_supplied:
         traitors = traitors_of(worn, len(params), audit.num_rounds, Randomness(seed))
         nodes = [i for i in nodes if i not in traitors]
     num_shown = min(SHOWN, len(task.test[1]))
     dealt = {i: slice(k % num_shown, None, len(nodes)) for k, i in enumerate(nodes)}
-    return fmean(
-        shown_score(federation, task, params[i], seed, dealt[i], remade=remade) for i in nodes
-    )
+    return fmean(score(federation, task, params[i], seed, dealt[i]) for i in nodes)
 
 
 def _ends(audit: Audit, training: Training, task: Task, params: Tensor) -> dict[str, float | None]:
