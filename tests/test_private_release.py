@@ -424,6 +424,8 @@ def test_what_does_not_fit_is_refused_with_the_cure() -> None:
         Student(WhiteBox())(task.model, params, rng=rng(), public=task.public)
     with pytest.raises(ValueError, match="no public data"):
         Distilled(WhiteBox())(task.model, params, rng=rng(), public=None)
+    with pytest.raises(ValueError, match="leave 'distilled' out"):
+        Distilled(Student(WhiteBox()))(task.model, params[1:], rng=rng(), public=task.public)
     squares = Model(task.model.build, mse_loss)
     with pytest.raises(ValueError, match="cross-entropy"):
         Distilled(WhiteBox())(squares, params, rng=rng(), public=task.public)

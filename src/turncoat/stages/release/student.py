@@ -117,6 +117,11 @@ class Distilled(Generic[V]):
                 "Distilled trains on soft labels by cross-entropy, and the model's criterion is "
                 "another: release the model as it is"
             )
+        if len(params) != model.layout.num_params:
+            raise ValueError(
+                f"Distilled learns from a model of {model.layout.num_params} numbers, and is given "
+                f"{len(params)}: leave 'distilled' out where a 'student' is taught by votes"
+            )
         inputs, _ = trusted(self, public)
         data = self.answers(model, params, inputs)
         start = model.initial(rng).to(params)
