@@ -8,9 +8,10 @@ from papers.attributes import ATTRIBUTES
 from papers.ledger import main
 from papers.members import MEMBERS
 from papers.noised import NOISED
+from papers.released import RELEASED
 from papers.sabotaged import SABOTAGED
 
-EXPERIMENTS = (*MEMBERS, *ATTRIBUTES, *NOISED, *SABOTAGED)
+EXPERIMENTS = (*MEMBERS, *ATTRIBUTES, *NOISED, *SABOTAGED, *RELEASED)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Generator, Tensor
+from torch.nn.functional import one_hot
 
 from turncoat.attacks.attribute.queries import (
     CSMIA,
@@ -134,9 +135,10 @@ from turncoat.games.reconstruction import Reconstruct
 from turncoat.games.records import ReconstructRows
 from turncoat.games.slices import ReconstructSlices
 from turncoat.graphs import Complete, RandomRegular, Ring, StarOfStars
-from turncoat.messages import Clear, Update, rows
+from turncoat.messages import Clear, Update, Votes, rows
 from turncoat.parts import PARTS
 from turncoat.randomness import Randomness
+from turncoat.selection import FixedRuns, NegativeBinomialRuns, PoissonRuns
 from turncoat.stage import PLACES, Aggregate, Memory, Prepare, Train, call, stands
 from turncoat.stages.aggregate.arc import ARC
 from turncoat.stages.aggregate.bucketing import Bucketing
@@ -154,6 +156,7 @@ from turncoat.stages.aggregate.fldetector import FLDetector
 from turncoat.stages.aggregate.fltrust import FLTrust
 from turncoat.stages.aggregate.foolsgold import FoolsGold
 from turncoat.stages.aggregate.geometric_median import GeometricMedian
+from turncoat.stages.aggregate.gnmax import GNMax
 from turncoat.stages.aggregate.krum import Krum, MultiKrum
 from turncoat.stages.aggregate.mean import Mean
 from turncoat.stages.aggregate.nearest_neighbour_mixing import NNM
@@ -164,6 +167,7 @@ from turncoat.stages.aggregate.signguard import SignGuard
 from turncoat.stages.aggregate.sparsefed import SparseFed
 from turncoat.stages.aggregate.update_analysis import CosineTest, NormTest, UpdatePCA
 from turncoat.stages.aggregate.weak_dp import WeakDP
+from turncoat.stages.begin.unanswered import Unanswered
 from turncoat.stages.channel.distributed_noise import DistributedNoise
 from turncoat.stages.channel.secure_aggregation import SecureAggregation
 from turncoat.stages.prepare.activation_clustering import ActivationClustering
@@ -174,12 +178,14 @@ from turncoat.stages.release.fine_pruning import FinePruning
 from turncoat.stages.release.neural_cleanse import NeuralCleanse
 from turncoat.stages.release.queries import Queries
 from turncoat.stages.release.smoothed import SmoothedVote
+from turncoat.stages.release.student import Distilled, Student
 from turncoat.stages.train.dpsgd import DPSGD
 from turncoat.stages.train.local import Clipped, FedSGD, LocalSGD
 from turncoat.stages.train.local_noise import LocalNoise
 from turncoat.stages.train.pruned import GradientPruning
 from turncoat.stages.train.quantised import Quantised
 from turncoat.stages.train.soteria import Soteria
+from turncoat.stages.train.teacher import Teacher
 from turncoat.task import Batch, Model, Task
 from turncoat.tasks.bundled import breast_cancer
 from turncoat.tasks.models import MLP, Built, ConvNet, LeNet5, ResNet
@@ -304,6 +310,13 @@ def two_rounds() -> tuple[ClientView[Update], ...]:
     """Return what one client sees of two rounds running."""
     first: ClientView[Update] = example_view(ClientView[Update], example_task())
     return first, replace(first, round=1, before=first.before + first.mine.delta / 2)
+
+
+def votes() -> tuple[Votes, ...]:
+    """Return what three teachers say of the public examples."""
+    num = len(example_task().population[1])
+    said = [torch.arange(num) % 3, torch.arange(num) % 3, torch.arange(num) // 3 % 3]
+    return tuple(Votes(one_hot(some, 3).float().flatten(), 1.0) for some in said)
 
 
 ATTACKS = {
@@ -444,6 +457,8 @@ STAGES = {
     "gradient-pruning": cited(GradientPruning(0.9, SGD, True), {"sparsity": 1.0}),
     "quantised": cited(Quantised(4, SGD), {"bits": 0}, {"bits": 17}),
     "soteria": cited(Soteria(0.4, SGD), {"share": 1.1}),
+    "teacher": cited(Teacher(SGD)),
+    "unanswered": trivial(Unanswered()),
     "plain": trivial(Plain()),
     "secure-aggregation": cited(SecureAggregation(2), {"precision": 0.0}),
     "distributed-noise": cited(
@@ -526,6 +541,21 @@ STAGES = {
         LossFilter(ratio=0.9, from_round=0), {"ratio": 0.0}, {"share": 0.1}, {"ratio": None}
     ),
     "influence-filter": cited(InfluenceFilter(0.2, from_round=0), {"false_alarms": 1.5}),
+    "gnmax": Row(
+        GNMax(sigma=2.0, num_queries=20, threshold=3.0, threshold_sigma=1.0, max_answers=9),
+        (
+            {"sigma": -1.0},
+            {"num_queries": 0},
+            {"threshold": None},
+            {"threshold_sigma": None},
+            {"max_answers": 0},
+        ),
+        more={"subjects": (votes(),)},
+    ),
+    "student": Row(
+        Student(WhiteBox()), more={"subjects": (example_task().model, votes()[0].delta)}
+    ),
+    "distilled": cited(Distilled(WhiteBox()), {"temperature": 0.0}, {"share": 0.0}, {"share": 1.5}),
     "fine-pruning": cited(FinePruning(WhiteBox()), {"max_drop": -0.1}),
     "neural-cleanse": cited(
         NeuralCleanse(WhiteBox(), num_steps=3, min_classes=3), {"min_classes": 2}, {"share": 2.0}
@@ -640,6 +670,14 @@ CALLED = {
         "from": trivial(From(2), {"first": -1}),
     },
 }
+RUNS = {
+    "fixed-runs": cited(FixedRuns(3), {"num_runs": 0}),
+    "negative-binomial-runs": cited(
+        NegativeBinomialRuns(1.0, 0.2), {"eta": -0.5}, {"gamma": 0.0}, {"gamma": 1.0}
+    ),
+    "poisson-runs": cited(PoissonRuns(3.0), {"mean": 0.5}),
+}
+
 SEARCHED = {  # the parts of an inversion: each is tried in one
     "objective": {
         "cosine": cited(Cosine()),
@@ -754,7 +792,13 @@ def every() -> Iterator[tuple[str, str, Check]]:
         ),
         "stage": (
             STAGES,
-            lambda r: stage_checks(r.part, place_of(r.part), refused=r.refused, cites=r.cites),
+            lambda r: stage_checks(
+                r.part,
+                place_of(r.part),
+                *r.more.get("subjects", ()),
+                refused=r.refused,
+                cites=r.cites,
+            ),
         ),
         "partition": (
             PARTITIONS,
@@ -772,6 +816,9 @@ def every() -> Iterator[tuple[str, str, Check]]:
         for name, row in table.items():
             for said, check in called_checks(row, ARGUMENTS[kind]):
                 yield f"{kind}-{name}-{said}", name, check
+    for name, row in RUNS.items():
+        for said, check in value_checks(row.part, refused=row.refused, cites=row.cites):
+            yield f"search-{name}-{said}", name, check
     for place, table in SEARCHED.items():
         for name, row in table.items():
             for said, check in searched_checks(row, place):
@@ -862,6 +909,7 @@ def test_every_part_has_a_row_and_every_row_a_part() -> None:
         "model": MODELS,
         "game": GAMES,
         "outcome": OUTCOMES,
+        "search": RUNS,
         **CALLED,
         **{"prior" if place == "priors" else place: rows for place, rows in SEARCHED.items()},
     }

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -36,6 +36,7 @@ from turncoat.plan import (
     order_of,
     plan,
     pose,
+    remakers,
     shadow_run,
     shadow_task,
     watch_of,
@@ -164,6 +165,7 @@ class Log:
     aborted_rounds: int
     caught_clients: Caught | None = None
     caught_records: Caught | None = None
+    remade: dict[str, float | None] = field(default_factory=dict)  # by defence: of what it releases
 
 
 def run_audit(
@@ -385,6 +387,10 @@ def train(
     """Run a training, or the rest of it, and save what it leaves; return why it failed, if so."""
     began = time.perf_counter()
     federation, task, seed = audit.federations[training.defence], audit.task, training.seed
+    if (known := folder.played(training)) is not None:  # of a defence less
+        ends = _ends(audit, training, task, _params(folder, training.key))
+        write_json(folder.log(training.key), known | {"remade": known.get("remade", {}) | ends})
+        return None, time.perf_counter() - began
     draft, state, log = folder.draft(training.key), None, list[Played]()
     history: list[float] = []
     try:
@@ -428,12 +434,15 @@ def train(
     except Exception as error:
         return f"{type(error).__name__}: {error}", time.perf_counter() - began
     write_tensors(folder.state(training.key), {"params": run.state.params})
-    write_json(folder.log(training.key), asdict(_logged(task, log, history)))
+    ends = _ends(audit, training, task, run.state.params)
+    write_json(folder.log(training.key), asdict(_logged(task, log, history, ends)))
     draft.unlink(missing_ok=True)
     return None, time.perf_counter() - began
 
 
-def _logged(task: Task, log: list[Played], history: list[float]) -> Log:
+def _logged(
+    task: Task, log: list[Played], history: list[float], ends: dict[str, float | None]
+) -> Log:
     return Log(
         task.metric.__name__,
         tuple(history),
@@ -445,6 +454,7 @@ def _logged(task: Task, log: list[Played], history: list[float]) -> Log:
         sum(p.aborted for p in log),
         _sum(p.clients for p in log),
         _sum(p.records for p in log),
+        ends,
     )
 
 
@@ -486,26 +496,58 @@ def shown_score(
     dealt: slice = slice(None),
 ) -> float:
     """Return the task's metric on some of the test set; of the model itself, where there is one."""
-    inputs, labels = (t[:SHOWN][dealt] for t in task.test)
     if federation.yields_model:
-        view: Any = ModelView(task.model, params)
-    else:
-        view = judged(federation, task, params, seed)
+        return _score(ModelView(task.model, params), task, dealt)
+    return remade_score(federation, task, params, seed, dealt)
+
+
+def remade_score(
+    federation: Federation[Any, Any],
+    task: Task,
+    params: Tensor,
+    seed: int,
+    dealt: slice = slice(None),
+) -> float:
+    """Return the task's metric on some of the test set, of what is released."""
+    return _score(judged(federation, task, params, seed), task, dealt)
+
+
+def _score(view: ModelView | QueryView, task: Task, dealt: slice) -> float:
+    inputs, labels = (t[:SHOWN][dealt] for t in task.test)
     return float(task.metric(view.scores(inputs), labels).mean())
 
 
-def _shown(audit: Audit, training: Training, task: Task, params: Tensor) -> float:
-    """Return ``shown_score``; of a graph, the mean of honest nodes: examples are dealt to them."""
-    federation, worn, seed = audit.federations[training.defence], training.coalition, training.seed
+def _shown(
+    audit: Audit, training: Training, task: Task, params: Tensor, remade_by: str | None = None
+) -> float:
+    """Return ``shown_score``; of a graph, the mean of honest nodes: examples are dealt to them.
+
+    Args:
+        remade_by: The defence whose released model is meant instead.
+    """
+    federation = audit.federations[remade_by or training.defence]
+    worn, seed = training.coalition, training.seed
+    score = shown_score if remade_by is None else remade_score
     if federation.graph is None:
-        return shown_score(federation, task, params, seed)
+        return score(federation, task, params, seed)
     nodes = list(range(len(params)))
     if worn is not None and not worn.is_supplied:
         traitors = traitors_of(worn, len(params), audit.num_rounds, Randomness(seed))
         nodes = [i for i in nodes if i not in traitors]
     num_shown = min(SHOWN, len(task.test[1]))
     dealt = {i: slice(k % num_shown, None, len(nodes)) for k, i in enumerate(nodes)}
-    return fmean(shown_score(federation, task, params[i], seed, dealt[i]) for i in nodes)
+    return fmean(score(federation, task, params[i], seed, dealt[i]) for i in nodes)
+
+
+def _ends(audit: Audit, training: Training, task: Task, params: Tensor) -> dict[str, float | None]:
+    """Return ``_shown`` of what defences release; None where one cannot: its cells say why."""
+    found: dict[str, float | None] = {}
+    for defence in sorted(training.remakes):
+        try:
+            found[defence] = _shown(audit, training, task, params, defence)
+        except Exception:
+            found[defence] = None
+    return found
 
 
 def settle(
@@ -619,6 +661,8 @@ def _shadows(
     models, inside, federation = [], [], audit.federations[cell.defence]
     for i, k in enumerate(cell.shadows):
         params = federation.held(_params(folder, k), trial.by)
+        if cell.seat is Seat.USER:  # who knows how the model is remade does the same to shadows
+            params = remade(federation, audit.task, params, cell.seed)
         models.append(ModelView(audit.task.model, params))
         inside.append(shadow_task(audit, question.candidates, trial.game, i, cell.seed)[1])
     return Shadows(tuple(models), torch.stack(inside))
@@ -709,6 +753,14 @@ def released(federation: Federation[Any, Any], task: Task, params: Tensor, seed:
     """Return a fresh view of the released model: queries are counted for each attack apart."""
     rng = Randomness(seed).at("release")
     return call(federation.release, task.model, params, rng=rng, public=task.public)
+
+
+def remade(federation: Federation[Any, Any], task: Task, params: Tensor, seed: int) -> Tensor:
+    """Return the parameters of the released model: other ones, where the release makes another."""
+    rng = Randomness(seed).at("release")
+    for stage in remakers(federation):
+        params = stage.remade(task.model, params, rng=rng, public=task.public)
+    return params
 
 
 def moved(thing: Any, device: str) -> Any:

@@ -27,7 +27,7 @@ from turncoat.metrics.ranking import ROC
 from turncoat.metrics.tradeoff import advantage_limit, tpr_limit
 from turncoat.plan import Planned, pose, rows
 from turncoat.privacy import Private, Unit, guarantees
-from turncoat.record import SHOWN, AuditFolder, read_cell, read_log, write_json
+from turncoat.record import SHOWN, AuditFolder, ended, read_cell, read_log, write_json
 from turncoat.runtimes.saved import read_tensors
 from turncoat.stage import Plan
 from turncoat.trial import Blocked, Cell, Failed, Sabotage, Trial
@@ -492,8 +492,8 @@ class _Search:
             ]
             by_seat.append(_pooled(reached, cut=self.risk.kind != "psnr"))
         worst = max(by_seat, key=lambda figure: figure[2])
-        clean = {c.seed: c.clean or c.run for c in cells}
-        ends = [float(self._log(there, k)["history"][-1]) for k in clean.values()]
+        clean = {c.seed: (c.clean or c.run, c.defence) for c in cells}
+        ends = [ended(self._log(there, k), defence) for k, defence in clean.values()]
         needed = {k for c in cells for k in c.needs}
         seconds = sum(sum(self._log(there, k)["seconds_per_round"]) for k in sorted(needed))
         seconds += sum(found[1] for c in cells if (found := read_cell(there, c.key)))
@@ -545,6 +545,7 @@ class _Search:
             num_records=min((n for n in audit.task.sizes if n), default=0),
             num_rounds=audit.num_rounds,
             delta=audit.delta,
+            search=audit.search,
         )
         why = ["no stage adds noise of which an accountant knows"]
         fit = []
@@ -565,7 +566,7 @@ class _Search:
         """Return the weakest value for which the theorem holds; found once for a folder."""
         name = key(
             asdict(self.risk), self.knob, self.origin, self.audit.task_key, self.audit.num_rounds,
-            self.audit.delta, list(map(str, self.seats)),
+            self.audit.delta, self.audit.search, list(map(str, self.seats)),
         )  # fmt: skip
         note = self.folder / f"bound-{name[:16]}.json"
         with suppress(OSError, ValueError, TypeError):

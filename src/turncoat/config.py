@@ -32,7 +32,8 @@ from turncoat.trial import Memberships, Reconstruction, Sabotage, Trial
 from turncoat.validate import nearest
 from turncoat.views import CoalitionView, Seat
 
-_TOP = {"title", "rounds", "seeds", "delta", "defences", "task", "federation", "coalition"} | {
+_TOP = {"title", "rounds", "seeds", "delta", "search", "defences", "task", "federation"} | {
+    "coalition",
     "attack",
     "defence",
     "variant",
@@ -194,6 +195,14 @@ def _audit(tables: dict[str, Any], where: Where, text: str, overrides: tuple[str
     delta = _value(float, tables.get("delta", 1e-5), where / "delta")
     if not 0 < delta < 1:
         raise ConfigError(f"{where / 'delta'} = {delta}: it must be between 0 and 1")
+    search = tables.get("search")
+    if search is not None:
+        search = build(search, where / "search", kind="search")
+        if not hasattr(search, "bounded"):
+            raise ConfigError(
+                f"{where / 'search'}: {search!r} is no number of runs; there are "
+                f"{', '.join(PARTS['search'])}"
+            )
     for column, federation in federations.items():
         at = where / "federation" if column == "none" else where / "defence" / column
         _check_cohorts(federation, len(task.clients), rounds, seeds[0], at)
@@ -205,6 +214,7 @@ def _audit(tables: dict[str, Any], where: Where, text: str, overrides: tuple[str
         num_rounds=rounds,
         seeds=seeds,
         delta=delta,
+        search=search,
         titles=titles,
         text=text,
         overrides=overrides,

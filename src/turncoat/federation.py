@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from turncoat.graphs import Graph, check_graph
-from turncoat.messages import Clear, Revealed, Summable, Update
+from turncoat.messages import Clear, Revealed, Summable, Update, Votes
 from turncoat.stage import (
     Aggregate,
     Begin,
@@ -178,10 +178,27 @@ class Federation(Generic[P, M]):
             check(getattr(self, place), kind)
         join(self.train, self.trains, self.channel)
         join(self.channel, self.sends, self.aggregate)
+        self._check_answers()
         if not self.server_learns_state and self.opener is None:
             raise IncompatibleStages(f"nobody opens {self.sends.__name__}: {self.channel!r} cannot")
         if self.graph is not None:
             self._check_peers(self.graph)
+
+    def _check_answers(self) -> None:
+        """Refuse votes where the state is a model, and the other way round."""
+        answers = any(hasattr(stage, "answers") for stage in within(self.begin))
+        if answers == issubclass(self.trains, Votes):
+            return
+        if answers:
+            raise IncompatibleStages(
+                f"{self.begin!r} begins with answers to public examples, which votes move, but "
+                f"{self.train!r} gives {self.trains.__name__}: train with 'teacher', or leave "
+                "'begin' out"
+            )
+        raise IncompatibleStages(
+            f"{self.train!r} votes on public examples, but {self.begin!r} begins with a model: "
+            "begin with 'unanswered'"
+        )
 
     def _check_peers(self, graph: Graph) -> None:
         """Refuse what only makes sense with a server."""

@@ -141,6 +141,12 @@ class Logits(Clear):
     __slots__ = ()
 
 
+class Votes(Clear):
+    """One class for each public example, one-hot: a teacher's. Shape: ``(n * classes,)``."""
+
+    __slots__ = ()
+
+
 C = TypeVar("C", bound=Clear)
 
 

@@ -91,6 +91,8 @@ PARTS: dict[str, dict[str, str]] = {
         "gradient-pruning": f"{_STAGES}.train.pruned:GradientPruning",
         "quantised": f"{_STAGES}.train.quantised:Quantised",
         "soteria": f"{_STAGES}.train.soteria:Soteria",
+        "teacher": f"{_STAGES}.train.teacher:Teacher",
+        "unanswered": f"{_STAGES}.begin.unanswered:Unanswered",
         "plain": "turncoat.federation:Plain",
         "secure-aggregation": f"{_STAGES}.channel.secure_aggregation:SecureAggregation",
         "distributed-noise": f"{_STAGES}.channel.distributed_noise:DistributedNoise",
@@ -112,6 +114,7 @@ PARTS: dict[str, dict[str, str]] = {
         "weak-dp": f"{_STAGES}.aggregate.weak_dp:WeakDP",
         "dp-fedavg": f"{_STAGES}.aggregate.dp_fedavg:DPFedAvg",
         "dp-ftrl": f"{_STAGES}.aggregate.dp_ftrl:DPFTRL",
+        "gnmax": f"{_STAGES}.aggregate.gnmax:GNMax",
         "fl-trust": f"{_STAGES}.aggregate.fltrust:FLTrust",
         "fools-gold": f"{_STAGES}.aggregate.foolsgold:FoolsGold",
         "flame": f"{_STAGES}.aggregate.flame:FLAME",
@@ -141,6 +144,8 @@ PARTS: dict[str, dict[str, str]] = {
         "queries": f"{_STAGES}.release.queries:Queries",
         "fine-pruning": f"{_STAGES}.release.fine_pruning:FinePruning",
         "neural-cleanse": f"{_STAGES}.release.neural_cleanse:NeuralCleanse",
+        "student": f"{_STAGES}.release.student:Student",
+        "distilled": f"{_STAGES}.release.student:Distilled",
     },
     "graph": {
         "ring": "turncoat.graphs:Ring",
@@ -248,6 +253,11 @@ PARTS: dict[str, dict[str, str]] = {
     },
     "edge": {
         "tail": f"{_ATTACKS}.backdoor.edge_cases:Tail",
+    },
+    "search": {
+        "fixed-runs": "turncoat.selection:FixedRuns",
+        "negative-binomial-runs": "turncoat.selection:NegativeBinomialRuns",
+        "poisson-runs": "turncoat.selection:PoissonRuns",
     },
     "members": {
         "clients": "turncoat.coalition:Clients",

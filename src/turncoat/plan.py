@@ -17,7 +17,8 @@ from turncoat.games.properties import SameStart
 from turncoat.graphs import neighbours_of
 from turncoat.randomness import Randomness
 from turncoat.runtimes.simulate import Watch, cohorts
-from turncoat.stage import Broadcast, asks, code_of, matches
+from turncoat.selection import Search
+from turncoat.stage import Broadcast, asks, code_of, matches, within
 from turncoat.task import Shards, Task
 from turncoat.trial import Blocked, Failed, Sabotage, Trial, why_blocked
 from turncoat.views import ModelView, QueryView, Seat
@@ -43,6 +44,7 @@ class Audit:
         federations: The columns by name; the first is the federation as it is.
         entries: The attacks by name.
         delta: At which every ε is stated.
+        search: How many trainings with other hyper-parameters each ε covers; None for this one.
         titles: What people call a federation, where its name does not say enough.
         text, overrides, variant: The file this came from, and which of its variants it is.
     """
@@ -54,6 +56,7 @@ class Audit:
     num_rounds: int
     seeds: tuple[int, ...]
     delta: float = 1e-5
+    search: Search | None = None
     titles: Mapping[str, str] = field(default_factory=dict)
     text: str = ""
     overrides: tuple[str, ...] = ()
@@ -76,6 +79,7 @@ class Training:
     Attributes:
         attack: The name of the active attack in it, or None.
         states: Before which rounds its state is kept, for the views of those rounds.
+        remakes: The defences that release another model than this, whose accuracy is noted too.
         shadow: Which of the shadow models of ``game`` it is, if it is one.
     """
 
@@ -86,6 +90,7 @@ class Training:
     coalition: Coalition[Any] | None = field(default=None, repr=False)
     server: Broadcast | None = field(default=None, repr=False)
     states: frozenset[int] = frozenset()
+    remakes: frozenset[str] = frozenset()
     game: Any = field(default=None, repr=False)
     shadow: int | None = None
 
@@ -135,8 +140,11 @@ def plan(audit: Audit) -> Plan:
         if cell.settled is None:
             for training in _trainings(audit, cell):
                 known = trainings.get(training.key, training)
-                merged = known.states | training.states
-                trainings[training.key] = replace(known, states=merged)
+                trainings[training.key] = replace(
+                    known,
+                    states=known.states | training.states,
+                    remakes=known.remakes | training.remakes,
+                )
     return Plan(tuple(cells), trainings)
 
 
@@ -235,6 +243,11 @@ def trained(federation: Federation[Any, Any]) -> Federation[Any, Any]:
     return replace(federation, release=WhiteBox())
 
 
+def remakers(federation: Federation[Any, Any]) -> list[Any]:
+    """Return the stages at release that make another model of the one that is trained."""
+    return [stage for stage in within(federation.release) if hasattr(stage, "remade")]
+
+
 def shadow_key(
     audit: Audit, federation: Federation[Any, Any], seed: int, game: Any, shadow: int
 ) -> str:
@@ -244,6 +257,9 @@ def shadow_key(
 def _trainings(audit: Audit, cell: Planned) -> list[Training]:
     trial = audit.entries[cell.attack].trial
     active = isinstance(trial, Sabotage) or trial.coalition is not None or trial.server is not None
+    federation = audit.federations[cell.defence]
+    remade = federation.yields_model and remakers(federation)
+    remakes = frozenset({cell.defence}) if remade else frozenset[str]()
     run = Training(
         cell.run,
         cell.defence,
@@ -251,11 +267,12 @@ def _trainings(audit: Audit, cell: Planned) -> list[Training]:
         cell.attack if active else None,
         trial.coalition,
         trial.server,
-        states=states_needed(trial, audit.federations[cell.defence], audit.num_rounds),
+        states=states_needed(trial, federation, audit.num_rounds),
+        remakes=remakes,
     )
     found = [run]
     if cell.clean and cell.clean != cell.run:
-        found.append(Training(cell.clean, cell.defence, cell.seed))
+        found.append(Training(cell.clean, cell.defence, cell.seed, remakes=remakes))
     if isinstance(trial, Trial):
         found += [
             Training(

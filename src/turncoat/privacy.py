@@ -11,10 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from turncoat.messages import Revealed
 from turncoat.stage import nested
+
+if TYPE_CHECKING:
+    from turncoat.selection import Search
 
 
 class Unit(StrEnum):
@@ -24,6 +27,7 @@ class Unit(StrEnum):
     CLIENT = "client"
 
 
+_SEE_THE_BEST = frozenset({"user"})  # of a search: the seats that see no other run of it
 _UNPROVEN_IN_A_GRAPH = {
     "channel": "{!r} draws noise anew for each neighbour, and neighbours may compare",
     "aggregate": "{!r} adds noise where a node mixes, after its neighbours' messages were read",
@@ -34,7 +38,10 @@ _UNPROVEN_IN_A_GRAPH = {
 class Private:
     """An upper bound. ``against`` names the seats that see nothing upstream of the noise.
 
-    ``event`` is the whole training's, from which more than one epsilon can be had.
+    Attributes:
+        event: The whole training's, from which more than one epsilon can be had; that of the best
+            of several trainings, where hyper-parameters were searched for.
+        search: How many these were, in words; empty for one.
     """
 
     unit: Unit
@@ -42,11 +49,14 @@ class Private:
     delta: float
     against: frozenset[str]
     event: Any = field(default=None, repr=False, compare=False)
+    search: str = ""
 
     def __str__(self) -> str:
         seats = ", ".join(sorted(self.against))
+        best = f", for the best of {self.search}" if self.search else ""
         return (
             f"ε = {self.epsilon:.3g} at δ = {self.delta:.1g} for each {self.unit}, against {seats}"
+            f"{best}"
         )
 
 
@@ -62,13 +72,20 @@ class Unproven:
 
 
 def guarantees(
-    federation: Any, *, num_records: int, num_rounds: int, delta: float
+    federation: Any,
+    *,
+    num_records: int,
+    num_rounds: int,
+    delta: float,
+    search: Search | None = None,
 ) -> tuple[Private | Unproven, ...]:
     """Return the guarantees of a federation: there may be none, or several.
 
     Args:
         num_records: Of the smallest client, for which the guarantee is the weakest.
         delta: The failure probability at which ε is stated.
+        search: How many such trainings are run, of which the best is kept; None for one. Seats that
+            see each of them have no ε where their number is random: it has no bound.
 
     A client-level guarantee is stated twice where its clients are sampled: amplified against those
     who do not know who took part, and in full against the seats that do. Noise that each client
@@ -98,14 +115,14 @@ def guarantees(
         if federation.graph is not None:
             if place == "train":
                 seats = {"peer", "user", "neighbour"}
-                found.append(_compose(noisy, event, num_rounds, delta, frozenset(seats)))
+                found += _compose(noisy, event, num_rounds, delta, frozenset(seats), search)
             else:
                 found.append(Unproven(noisy.unit, _UNPROVEN_IN_A_GRAPH[place].format(noisy)))
             continue
         rate = getattr(federation.sample, "rate", None)
         if hasattr(noisy, "training_event"):
             whole = noisy.training_event(num_records, num_rounds)
-            found.append(_compose(noisy, whole, 1, delta, frozenset(seats)))
+            found += _compose(noisy, whole, 1, delta, frozenset(seats), search)
             continue
         alike = getattr(noisy, "amplified", True)
         if noisy.unit is Unit.CLIENT and alike and rate is not None:  # Poisson alone amplifies
@@ -113,11 +130,11 @@ def guarantees(
 
             amplified = PoissonSampledDpEvent(rate, event)
             blind = frozenset(seats - {"server", "neighbour"})  # they do not see who takes part
-            found.append(_compose(noisy, amplified, num_rounds, delta, blind))
+            found += _compose(noisy, amplified, num_rounds, delta, blind, search)
             seats &= {"server", "neighbour"}
             if not seats:
                 continue
-        found.append(_compose(noisy, event, num_rounds, delta, frozenset(seats)))
+        found += _compose(noisy, event, num_rounds, delta, frozenset(seats), search)
     return tuple(found)
 
 
@@ -139,18 +156,34 @@ def loose(delta: float, num: int, unit: Unit) -> str | None:
 
 
 def _compose(
-    noisy: Any, event: Any, num_rounds: int, delta: float, seats: frozenset[str]
-) -> Private | Unproven:
+    noisy: Any,
+    event: Any,
+    num_rounds: int,
+    delta: float,
+    seats: frozenset[str],
+    search: Search | None,
+) -> list[Private | Unproven]:
     from dp_accounting import SelfComposedDpEvent  # here, for it takes a second to import
 
     from turncoat.metrics.tradeoff import NotComposed, composed
 
-    whole = SelfComposedDpEvent(event, num_rounds)
+    found: list[Private | Unproven] = []
+    whole, said = SelfComposedDpEvent(event, num_rounds), ""
+    if search is not None:
+        whole, said = search.event(whole), str(search)
+        if not search.bounded and seats - _SEE_THE_BEST:
+            who = ", ".join(sorted(seats - _SEE_THE_BEST))
+            endless = f"every run of the search is seen by {who}, and {search!r} has no most"
+            found.append(Unproven(noisy.unit, endless))
+            seats &= _SEE_THE_BEST
+            if not seats:
+                return found
     try:
         accountant = composed(whole)
     except NotComposed:
-        return Unproven(noisy.unit, f"no accountant here composes {event!r}")
-    return Private(noisy.unit, float(accountant.get_epsilon(delta)), delta, seats, whole)
+        return [*found, Unproven(noisy.unit, f"no accountant here composes {event!r}")]
+    epsilon = float(accountant.get_epsilon(delta))
+    return [Private(noisy.unit, epsilon, delta, seats, whole, said), *found]
 
 
 def _noisy(stage: Any) -> tuple[Any, Any]:

@@ -71,9 +71,14 @@ class AuditFolder:
         return self.path / "cells" / f"{cell}.safetensors"
 
     def is_trained(self, training: Training) -> bool:
-        """Say whether a training is finished, with all the states that are wanted of it."""
+        """Say whether a training is finished, with all that is wanted of it."""
+        log = self.played(training)
+        return log is not None and set(log.get("remade", {})) >= training.remakes
+
+    def played(self, training: Training) -> dict[str, Any] | None:
+        """Return the log of a training whose rounds are done, with all states that are wanted."""
         states = [self.state(training.key, t) for t in (None, *training.states) if t != 0]
-        return read_log(self.log(training.key)) is not None and all(p.exists() for p in states)
+        return read_log(self.log(training.key)) if all(p.exists() for p in states) else None
 
     def claim(self, audit: Audit, *, update: bool) -> None:
         """Make the folder this audit's, or refuse.
@@ -163,6 +168,7 @@ def planned_record(audit: Audit) -> dict[str, Any]:
         "rounds": audit.num_rounds,
         "seeds": list(audit.seeds),
         "delta": audit.delta,
+        "search": audit.search and str(audit.search),
         "config_sha256": hashlib.sha256(audit.text.encode()).hexdigest(),
         "overrides": list(audit.overrides),
         "variant": audit.variant,
@@ -209,6 +215,7 @@ def defence_record(audit: Audit, name: str, federation: Federation[Any, Any]) ->
         num_records=min(audit.task.sizes),
         num_rounds=audit.num_rounds,
         delta=audit.delta,
+        search=audit.search,
     )
     stages = {place: getattr(fitted, place) for place in STAGES}
     texts = {place: repr(stage) for place, stage in stages.items()}
@@ -239,6 +246,7 @@ def defence_record(audit: Audit, name: str, federation: Federation[Any, Any]) ->
                 "epsilon": g.epsilon if isinstance(g, Private) else None,
                 "delta": g.delta if isinstance(g, Private) else None,
                 "against": sorted(g.against) if isinstance(g, Private) else [],
+                "search": g.search if isinstance(g, Private) else "",
                 "doubt": _doubt(g, audit.task),
                 "text": "; ".join(filter(None, (str(g), _doubt(g, audit.task)))),
             }
@@ -292,6 +300,12 @@ def read_log(path: Path) -> dict[str, Any] | None:
         )
     except (OSError, ValueError, AttributeError):
         return None
+
+
+def ended(log: Mapping[str, Any], defence: str) -> float:
+    """Return where a finished training ended: of another model, if the defence releases another."""
+    other = log.get("remade", {}).get(defence)
+    return float(log["history"][-1] if other is None else other)
 
 
 def num_left_out(folder: Path) -> int:
@@ -354,6 +368,7 @@ def _training_record(folder: AuditFolder, planned: Mapping[str, Any]) -> dict[st
     incidents = [{"round": r, "client": c, "what": w} for r, c, w in log["incidents"]]
     left_out = sum(c is not None for _, c, _ in log["incidents"])
     log |= {"incidents": incidents, "left_out": left_out}
+    log["remade"] = log.get("remade", {}).get(planned["defence"])
     return record | log | {"status": "done", "error": None}
 
 

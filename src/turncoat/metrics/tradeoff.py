@@ -12,6 +12,7 @@ from functools import lru_cache
 from math import exp
 from typing import Any
 
+from dp_accounting import PrivacyAccountant
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 from scipy.optimize import minimize_scalar
@@ -19,6 +20,13 @@ from scipy.optimize import minimize_scalar
 _MOST = 30.0  # an epsilon beyond which no rate is bounded by anything but 1
 _FINEST = 1e-4  # step of the privacy loss; what a coarser one rounds, it rounds to the safe side
 _STEPS = 5e4  # into which an epsilon is divided at most: little noise would need gigabytes
+_FINE_ORDERS = (  # for what Rényi's divergence alone composes: near 1 they tell few runs from one
+    1.001,
+    1.01,
+    *(1 + k / 10 for k in range(1, 100)),
+    *range(11, 64),
+    *(128, 256, 512, 1024),
+)
 _ORDERS = (*range(2, 33), 64, 128, 256, 512)  # of Rényi's divergence; whole ones are quick
 
 
@@ -69,8 +77,11 @@ def advantage_limit(event: Any) -> float:
     return min(1.0, float(composed(event).get_delta(0.0)))
 
 
-def composed(event: Any) -> PLDAccountant:
+def composed(event: Any) -> PrivacyAccountant:
     """Return the accountant of a whole training's event, for one record (or client) more or less.
+
+    That of privacy loss distributions; of Rényi's divergence for what only the latter composes, the
+    best of a random number of runs.
 
     Raises:
         NotComposed: If no accountant here composes the event.
@@ -87,10 +98,13 @@ class _Named:
 
 
 @lru_cache(maxsize=16)
-def _composed(named: _Named) -> PLDAccountant:
+def _composed(named: _Named) -> PrivacyAccountant:
     event = named.event
     if not PLDAccountant().supports(event):
-        raise NotComposed(f"no accountant here composes {event!r}")
+        fine = RdpAccountant(_FINE_ORDERS)
+        if not fine.supports(event):
+            raise NotComposed(f"no accountant here composes {event!r}")
+        return fine.compose(event)
     step, rough = _FINEST, RdpAccountant(_ORDERS)
     if rough.supports(event):
         step = max(step, min(rough.compose(event).get_epsilon(1e-5) / _STEPS, 1.0))

@@ -45,9 +45,10 @@ def runs(record: Record, defence: str, attack: str | None) -> list[Row]:
 
 
 def done(trainings: Sequence[Row]) -> dict[int, float]:
-    """Return where finished trainings ended, by seed."""
+    """Return where finished trainings ended, by seed; of another model, if another is released."""
     finished = [t for t in trainings if t.get("status", "done") == "done" and t["history"]]
-    return {int(t["seed"]): float(t["history"][-1]) for t in finished}
+    ends = {int(t["seed"]): (t.get("remade"), t["history"][-1]) for t in finished}
+    return {seed: float(last if other is None else other) for seed, (other, last) in ends.items()}
 
 
 def _cost(record: Record, defence: str, mine: Sequence[Row], base: Sequence[Row]) -> Cost:

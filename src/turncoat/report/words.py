@@ -41,6 +41,7 @@ _VIEWS = {
 _MESSAGES = {
     "Update": "the update, readable",
     "Logits": "the predictions, readable",
+    "Votes": "the votes on public examples, readable",
     "Clear": "the message, readable",
     "Masked": "a masked update; only the sum opens",
     "Ciphertext": "a ciphertext",

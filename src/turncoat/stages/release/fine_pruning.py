@@ -49,12 +49,19 @@ class FinePruning(Generic[V]):
         fraction(self, max_drop=self.max_drop)
 
     def __call__(self, model: Model, params: Tensor, *, rng: Generator, public: Batch | None) -> V:
+        mended = self.remade(model, params, rng=rng, public=public)
+        released: V = call(self.inner, model, mended, rng=rng, public=public)
+        return released
+
+    def remade(
+        self, model: Model, params: Tensor, *, rng: Generator, public: Batch | None
+    ) -> Tensor:
+        """Return the parameters of the mended model. Shape: ``(num_params,)``."""
         clean = trusted(self, public)
         mended = self.pruned(model, params, clean)
         if self.tuning is not None:
             mended = mended + call(self.tuning, model, mended, clean, rng=rng).delta
-        released: V = call(self.inner, model, mended, rng=rng, public=public)
-        return released
+        return mended
 
     def pruned(self, model: Model, params: Tensor, clean: Batch) -> Tensor:
         """Return the model without its dormant channels. Shape: ``(num_params,)``."""

@@ -94,6 +94,14 @@ class NeuralCleanse(Generic[V]):
         at_least(3, self, min_classes=self.min_classes)
 
     def __call__(self, model: Model, params: Tensor, *, rng: Generator, public: Batch | None) -> V:
+        mended = self.remade(model, params, rng=rng, public=public)
+        released: V = call(self.inner, model, mended, rng=rng, public=public)
+        return released
+
+    def remade(
+        self, model: Model, params: Tensor, *, rng: Generator, public: Batch | None
+    ) -> Tensor:
+        """Return the parameters of the mended model. Shape: ``(num_params,)``."""
         clean = trusted(self, public)
         self._check_classes(model, params, clean)
         order = torch.randperm(len(clean[1]), generator=rng)[: self.num_inputs]
@@ -103,8 +111,7 @@ class NeuralCleanse(Generic[V]):
         if flagged:
             marked = self.marked(clean, found, flagged, rng)
             mended = params + call(self.tuning, model, params, marked, rng=rng).delta
-        released: V = call(self.inner, model, mended, rng=rng, public=public)
-        return released
+        return mended
 
     def marked(
         self, clean: Batch, found: Triggers, flagged: tuple[int, ...], rng: Generator
