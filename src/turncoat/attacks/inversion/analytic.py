@@ -95,7 +95,7 @@ class SPEAR:
 
     What it cannot do: the first layer must be linear, with a bias, a ReLU behind it, and several
     times as wide as the batch is long; the records must be linearly independent, so no more than
-    inputs. The draws due grow as ``2 ** b / b``: about 14 records with the default. Noise breaks
+    inputs. The draws due grow as ``2 ** b / b``: about 12 records with the default. Noise breaks
     rank and sparsity. Local steps break neither while few units change their mind.
 
     Differs from the paper: how far a 0 may be off is told by the singular values beyond b, which
