@@ -7,6 +7,7 @@ a layer without a ReLU: each stops what it should stop).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from turncoat.attacks.inversion.analytic import SPEAR, LinearLayer
+from turncoat.attacks.inversion.analytic import SPEAR, LinearLayer, _determine
 from turncoat.federation import Federation, Plain
 from turncoat.games.reconstruction import Reconstruct
 from turncoat.messages import Update
@@ -124,6 +125,36 @@ def test_a_step_rounded_to_float32_gives_the_batch_within_a_thousandth() -> None
     task = digits(1, model=WIDE, per_client=8)
     (found,) = solved(SPEAR(), view_of(task, lr=0.1), task, (0,))
     assert furthest(found, task.clients[0]) < 1e-3
+
+
+def test_every_batch_comes_back_and_not_only_most() -> None:
+    task = digits(4, model=MLP((600,)), per_client=8)
+    for found, data in zip(
+        solved(SPEAR(), view_of(task, lr=1.0), task, (0, 1, 2, 3)), task.clients, strict=True
+    ):
+        assert furthest(found, data) < 1e-4
+        assert labels_right(found, data) == 1.0
+
+
+def test_records_of_one_class_whose_gradients_are_nearly_one_come_back_apart() -> None:
+    task = digits(1, model=MLP((600,)), per_client=200)
+    inputs, labels = task.clients[0]
+    data = inputs[labels == 3][:6], labels[labels == 3][:6]
+    (found,) = solved(SPEAR(), view_of(replace(task, clients=(data,)), lr=1.0), task, (0,))
+    assert furthest(found, data) < 1e-4
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(3, 8))
+def test_rows_determine_a_direction_if_they_would_without_any_of_them(seed: int, b: int) -> None:
+    rng = RANDOM.at("rows", seed)
+    rows = torch.randn(40, b, generator=rng, dtype=torch.float64)
+    rows[:, -2:] = 0  # all of them leave a plane of directions
+    one, another = torch.randn(2, b, generator=rng, dtype=torch.float64)
+    one[-2:] = another[-2:] = torch.tensor([1.0, 0.0])
+    assert not _determine(rows)
+    assert not _determine(torch.cat([rows, one[None]]))
+    assert _determine(torch.cat([rows, one[None], another[None]]))
 
 
 def test_spear_has_the_batch_where_the_quotient_has_a_mixture() -> None:

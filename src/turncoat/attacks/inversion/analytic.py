@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,13 +21,19 @@ from turncoat.views import AggregateView, ServerView
 MAX_IMAGES = 64  # of one victim, where the attack is not told how many
 _ALIKE = 1e-3  # how far the points of two rows lie apart, for an input, if they are of one record
 _ROUNDING = 1e-6  # of the largest entry: below is rounding
-_VANISHES = 1e-2  # the cosine of a row and a direction that is 0 but for rounding
-_SAME = 0.999  # the cosine of two directions that are one but for rounding
+_SINGLE = 2.0**-25  # of an entry: what float32 may round off
+_NO_GAP = 1e-2  # the next singular value after a batch's, of its last: there was noise
+_VANISHES = 1e-2  # the cosine of a row and a direction that is 0 but for rounding, before a fit
+_SAME = 1 - 1e-6  # the cosine of two directions that are one but for rounding
 _APART = 1e-3  # the least singular value of directions that are independent
-_EXPLAINED = 0.995  # of units, by directions that are all right
-_FLOORS = (1e-2, 5e-3, 2e-3, 1e-3, 5e-4, 2e-4, 1e-4)
-_NEARLY = 0.85  # of units, by directions that are all right but one or two
+_DEVIATIONS = 8.0  # of what rounding makes of 0: what is further off is not 0
+_FLOOR = 1e-9  # of the length of a row: nearer to 0 is no better
+_ALONE = 0.9  # the leverage of a row without which another direction would vanish as well
+_DETERMINED = 1e-2  # the second least singular value of rows with one kernel, of the largest
+_NUM_FITS = 5
+_TOO_ROUGH = 1e-3  # of the length of a row: one of which more is rounding says nothing
 _NUM_SWEEPS = 10
+_MATCHES = 1e-3  # the distance of two gradients that are one but for rounding, of their length
 _DRAWS_AT_ONCE = 500
 
 
@@ -82,7 +88,7 @@ class SPEAR:
     makes ``L q`` sparse; so it is the kernel of some b - 1 rows of ``L``, and a random draw of rows
     hits that of a record once in ``2 ** (b - 1)``. Kernels that vanish at more rows than chance
     has them are kept, scaled so that ``D 1 = dL/dbias``, and judged by whether ``X`` wakes the
-    units that ``D`` says it woke.
+    units that ``D`` says it woke. It ends once the batch found has the very gradient that was seen.
 
     All in float64. Where it finds fewer directions than records, it answers as ``LinearLayer``
     does. Where no single update is seen it reads the aggregate as one.
@@ -92,8 +98,10 @@ class SPEAR:
     inputs. The draws due grow as ``2 ** b / b``: about 12 records with the default. Noise breaks
     rank and sparsity. Local steps break neither while few units change their mind.
 
-    Differs from the paper: a kernel is fitted again to all rows where it vanishes, which makes up
-    for updates rounded to float32; the greedy choice swaps one direction at a time.
+    Differs from the paper: how far a 0 may be off is told by the singular values beyond b, which
+    are rounding; a kernel is fitted again to all rows where it vanishes; it is kept only if they
+    determine it, for one that mixes two records vanishes where both sleep, and so do all others
+    that mix them; the greedy choice swaps one direction at a time.
 
     Args:
         num_images: Size of the batch; None for as many examples as the victim claims, at most 64.
@@ -104,7 +112,7 @@ class SPEAR:
     """
 
     num_images: int | None = None
-    num_draws: int = 10_000
+    num_draws: int = 100_000
     sparsity: float = 0.2
 
     def __post_init__(self) -> None:
@@ -123,10 +131,17 @@ class SPEAR:
             layer = Layer.on_the_input(view.model, before, population[0], "SPEAR")
             layer.refuse_without_relu(view.model, before, population, "SPEAR")
             gradient, num_images = layer.of(-delta), self.num_images or claimed
-            images = self._batch(*gradient, layer.of(before), num_images, rng)
-            if images is None:
-                images = _agreed(*gradient, num_images)
-            return layer.reconstruction(view.model, before, images, -delta, population[0])
+
+            def made(images: Tensor) -> Reconstruction:
+                return layer.reconstruction(view.model, before, images, -delta, population[0])
+
+            def matches(images: Tensor) -> bool:
+                found = made(images)
+                slope = view.model.gradient(before, (found.inputs, found.labels))
+                return _apart(slope, -delta) < _MATCHES
+
+            images = self._batch(*gradient, layer.of(before), num_images, matches, rng)
+            return made(_agreed(*gradient, num_images) if images is None else images)
 
         return for_each(view, victims, invert)
 
@@ -136,34 +151,34 @@ class SPEAR:
         biases: Tensor,
         held: tuple[Tensor, Tensor],
         num_images: int,
+        matches: Callable[[Tensor], bool],
         rng: Generator,
     ) -> Tensor | None:
         """Return the flat records, or None. Shape: ``(num_images, inputs)``."""
-        left, values, right = torch.linalg.svd(weights, full_matrices=False)
-        if num_images > len(values) or values[num_images - 1] <= _ROUNDING * values[0]:
+        factors = _Factors.of(weights, biases, num_images)
+        if factors is None:
             return None
-        root = values[:num_images].sqrt()
-        factors = _Factors(left[:, :num_images] * root, right[:num_images] * root[:, None], biases)
-        rows, kernels = factors.rows, left.new_empty(0, num_images)
+        rows, kernels = factors.rows, factors.left.new_empty(0, num_images)
         needed = max(num_images + 1, round(self.sparsity * len(rows)))
         best: Tensor | None = None
         score = 0.0
         for begun in range(0, self.num_draws, _DRAWS_AT_ONCE):
             size = min(_DRAWS_AT_ONCE, self.num_draws - begun)
             known = len(kernels)
-            for direction in _fitted(_drawn(rows, size, needed, kernels, rng), rows):
+            drawn = _drawn(rows, size, needed, kernels, rng)
+            for direction in factors.settled(drawn, needed) if num_images > 1 else drawn:
                 if not bool(((kernels @ direction).abs() > _SAME).any()):
                     kernels = torch.cat([kernels, direction[None]])
             if len(kernels) == known:
                 continue
-            order = _asleep(kernels, rows).argsort(descending=True, stable=True)
+            order = factors.vanishes(kernels).sum(dim=1).argsort(descending=True, stable=True)
             kernels = kernels[order[: 8 * num_images]]
             basis, now = factors.chosen(kernels, held)
             if basis is not None and now > score:
-                best, score = basis, now
-            if score > _EXPLAINED:
-                break
-        return None if best is None else factors.records(best)
+                best, score = factors.records(basis), now
+                if matches(best):
+                    break
+        return best
 
 
 @dataclass(frozen=True)
@@ -331,22 +346,32 @@ def _drawn(rows: Tensor, size: int, needed: int, known: Tensor, rng: Generator) 
     return kernels[new & ~((kernels @ known.T).abs() > _SAME).any(dim=1)]
 
 
-def _fitted(kernels: Tensor, rows: Tensor) -> Tensor:
-    """Return the directions nearby that vanish at most rows: least squares that forget the rest.
+def _fitted(kernels: Tensor, rows: Tensor, needed: int) -> Tensor:
+    """Return the directions nearby that vanish at ``needed`` rows: least squares that forget more.
 
     Shape: ``(directions, b)``.
     """
     pairs = (rows[:, :, None] * rows[:, None, :]).flatten(1)
-    for floor in _FLOORS:
-        weights = 1 / ((kernels @ rows.T).square() + floor**2)
+    for _ in range(_NUM_FITS):
+        off = (kernels @ rows.T).square()
+        weights = 1 / (off + off.kthvalue(needed, dim=1, keepdim=True).values.clamp(min=_FLOOR**2))
         moments = (weights @ pairs).reshape(-1, rows.shape[1], rows.shape[1])
         kernels = torch.linalg.eigh(moments).eigenvectors[:, :, 0]
     return kernels
 
 
-def _asleep(kernels: Tensor, rows: Tensor) -> Tensor:
-    """Return at how many rows each direction vanishes, but for rounding."""
-    return ((kernels @ rows.T).abs() < _VANISHES / 10).sum(dim=1)
+def _determine(rows: Tensor) -> bool:
+    """Return whether rows leave one direction where all vanish, and would without any of them."""
+    upper, values, _ = torch.linalg.svd(rows, full_matrices=False)
+    leverage = upper[:, :-1].square().sum(dim=1).max()
+    return bool(values[-2] > _DETERMINED * values[0]) and bool(leverage < _ALONE)
+
+
+def _apart(found: Tensor, seen: Tensor) -> float:
+    """Return how far two vectors are apart whose scales are not known, of their length."""
+    found, seen = found.double(), seen.double()
+    share = found.dot(seen) / found.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
+    return float((share * found - seen).norm() / seen.norm())
 
 
 @dataclass(frozen=True)
@@ -356,17 +381,36 @@ class _Factors:
     Attributes:
         left: Shape: ``(width, b)``.
         right: Shape: ``(b, inputs)``.
+        rounding: By how much rounding moves an entry of each column of ``left``. Shape: ``(b,)``.
     """
 
     left: Tensor
     right: Tensor
     biases: Tensor
+    rounding: Tensor
+
+    @classmethod
+    def of(cls, weights: Tensor, biases: Tensor, num_images: int) -> _Factors | None:
+        """Return the factors; None if the rank is less, or noise hides it."""
+        upper = torch.linalg.qr(weights.T, mode="r").R.T
+        left, values, _ = torch.linalg.svd(upper, full_matrices=False)
+        kept, rest = values[:num_images], values[num_images:]
+        if len(kept) < num_images or kept[-1] <= _ROUNDING * kept[0]:
+            return None
+        if len(rest) and rest[0] > _NO_GAP * kept[-1]:
+            return None
+        height, width = weights.shape
+        beyond = (height - num_images) * (width - num_images)
+        single = _SINGLE * weights.square().mean().sqrt()
+        spread = torch.maximum((rest.square().sum() / max(1, beyond)).sqrt(), single)
+        root = kept.sqrt()
+        right = left[:, :num_images].T @ weights / root[:, None]
+        return cls(left[:, :num_images] * root, right, biases, spread / root)
 
     @cached_property
     def alive(self) -> Tensor:
-        """Which units any record woke. Shape: ``(width,)``, bool."""
-        norms = self.left.norm(dim=1)
-        awake: Tensor = norms > _ROUNDING * norms.max()
+        """Which units any record woke, by more than rounding. Shape: ``(width,)``, bool."""
+        awake: Tensor = self.left.norm(dim=1) * _TOO_ROUGH > self.rounding.norm()
         return awake
 
     @cached_property
@@ -374,6 +418,31 @@ class _Factors:
         """The rows of ``left`` of such units, each of length 1."""
         rows: Tensor = self.left[self.alive]
         return torch.nn.functional.normalize(rows, dim=1)
+
+    @cached_property
+    def even(self) -> Tensor:
+        """The same rows, such that rounding moves each entry by 1."""
+        even: Tensor = self.left[self.alive] / self.rounding
+        return even
+
+    def vanishes(self, directions: Tensor) -> Tensor:
+        """Return at which rows directions vanish but for rounding. Shape: ``(..., rows)``."""
+        even = torch.nn.functional.normalize(directions * self.rounding, dim=-1)
+        small: Tensor = (even @ self.even.T).abs() <= _DEVIATIONS
+        return small
+
+    def settled(self, kernels: Tensor, needed: int) -> Iterator[Tensor]:
+        """Yield the directions nearby that ``needed`` rows or more determine: where they vanish."""
+        for kernel in _fitted(kernels, self.rows, needed):
+            zero = self.vanishes(kernel)
+            for _ in range(_NUM_FITS if int(zero.sum()) >= needed else 0):
+                even = torch.linalg.svd(self.even[zero], full_matrices=False).Vh[-1]
+                kernel = torch.nn.functional.normalize(even / self.rounding, dim=0)
+                before, zero = zero, self.vanishes(kernel)
+                if torch.equal(zero, before):
+                    break
+            if int(zero.sum()) >= needed and _determine(self.rows[zero]):
+                yield kernel
 
     def chosen(self, kernels: Tensor, held: tuple[Tensor, Tensor]) -> tuple[Tensor | None, float]:
         """Return b of the directions, and how well they explain which units woke: greedily."""
@@ -389,31 +458,14 @@ class _Factors:
         score = self.score(basis, held)
         for _ in range(_NUM_SWEEPS):
             before = score
-            for spare in (*self.mended(basis, held), *(kernels if score > _NEARLY else ())):
-                for place in range(num_images) if score <= _EXPLAINED else ():
+            for spare in kernels:
+                for place in range(num_images) if score < 1 else ():
                     swapped = torch.cat([basis[:place], spare[None], basis[place + 1 :]])
                     if (now := self.score(swapped, held)) > score:
                         basis, score = swapped, now
             if score == before:
                 break
         return basis, score
-
-    def mended(self, basis: Tensor, held: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the directions that vanish where the records found so far leave units asleep.
-
-        If one direction mixes two records, one of these two is right all the same: it mends it.
-        """
-        asleep = ~self.woken(basis, held)
-        weights = asleep.double() + _ROUNDING
-        rows = self.rows
-        moments = torch.einsum("nw,wi,wj->nij", weights, rows, rows)
-        directions: Tensor = torch.linalg.eigh(moments).eigenvectors[:, :, 0]
-        return directions
-
-    def woken(self, basis: Tensor, held: tuple[Tensor, Tensor]) -> Tensor:
-        """Return which living units the records wake. Shape: ``(b, living)``, bool."""
-        weight, bias = held
-        return (self.records(basis) @ weight.T + bias)[:, self.alive] > 0
 
     def records(self, basis: Tensor) -> Tensor:
         """Return ``X = Q^-1 R``, with ``Q`` scaled so that ``L Q 1`` is the bias's gradient."""
@@ -428,5 +480,6 @@ class _Factors:
         """
         if float(torch.linalg.svdvals(basis)[-1]) <= _APART:
             return 0.0
-        said = (basis @ self.rows.T).abs() > _VANISHES / 10
-        return float((self.woken(basis, held) == said).double().mean())
+        weight, bias = held
+        woken = (self.records(basis) @ weight.T + bias)[:, self.alive] > 0
+        return float((woken == ~self.vanishes(basis)).double().mean())
