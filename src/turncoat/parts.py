@@ -40,6 +40,7 @@ PARTS: dict[str, dict[str, str]] = {
         "active-global-attacker": f"{_ATTACKS}.membership.active:ActiveGlobalAttacker",
         "active-local-attacker": f"{_ATTACKS}.membership.active:ActiveLocalAttacker",
         "white-box-net": f"{_ATTACKS}.membership.white_box_net:WhiteBoxNet",
+        "gradient-regression": f"{_ATTACKS}.membership.canaries:GradientRegression",
         "dirac-products": f"{_ATTACKS}.membership.canaries:DiracProducts",
         "trajectory": f"{_ATTACKS}.membership.trajectory:Trajectory",
         "fredrikson-attribute": f"{_ATTACKS}.attribute.queries:FredriksonAttribute",

@@ -18,8 +18,8 @@ from turncoat.graphs import neighbours_of
 from turncoat.privacy import Claim, claim, guarantees
 from turncoat.randomness import Randomness
 from turncoat.runtimes.simulate import Watch, cohorts
-from turncoat.stage import Plan as Schedule
 from turncoat.stage import Broadcast, asks, code_of, matches, wants
+from turncoat.stage import Plan as Schedule
 from turncoat.targets import AimedBroadcast, AimedTrain, targets_of
 from turncoat.task import Shards, Task
 from turncoat.trial import Blocked, Failed, Sabotage, Trial, why_blocked

@@ -119,8 +119,8 @@ class Trial(Generic[G]):
     """An attack that only watches, and the game it plays.
 
     Args:
-        coalition: Clients that actively help it, if any: client ``by``, where the attack itself says
-            what it is ``worn`` for training.
+        coalition: Clients that actively help it, if any: client ``by`` alone, where the attack
+            itself says what is ``worn`` for its training.
         server: A malicious server's broadcast that helps it, if any: the ``server`` that the attack
             itself names, if it names one.
         at: The round whose view it gets: 0 is the first, -1 the last. Others are not kept.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -14,7 +14,7 @@ from turncoat.coalition import Clients, Coalition
 from turncoat.messages import Envelope, Update
 from turncoat.metrics.intervals import clopper_pearson
 from turncoat.privacy import Claim, Unit
-from turncoat.stage import Train, call, nested, within
+from turncoat.stage import Train, nested, within
 from turncoat.task import Batch, Model, Task
 from turncoat.trial import Marked, Measurement, Memberships
 from turncoat.validate import at_least, positive
@@ -63,8 +63,8 @@ class Planting:
 class Canaries:
     """Hide records in a federation, each by the fall of a coin, and see which can be told [1]_.
 
-    They are held-out records that are added to what clients hold, by default under a wrong label:
-    what is learnt of them is learnt by heart. Any attack on membership may look for them. Marked by
+    They are added to what clients hold. Any attack on membership may look for them; the sharpest
+    for this is ``gradient-regression``, which reads updates. Marked by
     the epsilon that training certainly exceeds, at the ``confidence`` and the audit's delta; the
     baseline is what the federation claims for each record against the attacker's seat, and 0 where
     it claims nothing. Beating it refutes the claim. That it is not beaten proves nothing.
@@ -75,7 +75,11 @@ class Canaries:
     Args:
         num_canaries: How many, half of which take part on the average.
         client: Who holds them all; None: they are dealt to all who took part.
-        mislabelled: Whether they have wrong labels, or their own.
+        records: Held-out records with wrong labels (``"mislabelled"``) or as they are
+            (``"natural"``), or ``"noise"``: in every entry ``loudness`` or minus it, by a coin, and
+            any label. A record may be anything, as far as a claim goes, and the less it is like
+            others the better it is told.
+        loudness: Of noise.
         claimed: An epsilon that is claimed for each record, where the stages do not say it.
         confidence: Of the bound.
 
@@ -84,7 +88,8 @@ class Canaries:
 
     num_canaries: int = 200
     client: int | None = None
-    mislabelled: bool = True
+    records: Literal["mislabelled", "natural", "noise"] = "mislabelled"
+    loudness: float = 10.0
     claimed: float | None = None
     confidence: float = 0.95
     family = "audit"
@@ -94,6 +99,12 @@ class Canaries:
     def __post_init__(self) -> None:
         _check(self, self.num_canaries, self.claimed, self.confidence)
         at_least(0, self, client=self.client)
+        positive(self, loudness=self.loudness)
+        if self.records not in ("mislabelled", "natural", "noise"):
+            raise ValueError(
+                "Canaries: records must be 'mislabelled', 'natural' or 'noise'; it is "
+                f"{self.records!r}"
+            )
 
     def pose(
         self, task: Task, *, took_part: frozenset[int], cohort: tuple[int, ...], rng: Generator
@@ -110,8 +121,11 @@ class Canaries:
         chosen = torch.randperm(num_test, generator=rng)
         mine, left = chosen[: self.num_canaries], chosen[self.num_canaries :]
         inputs, labels = task.test[0][mine], task.test[1][mine]
-        if self.mislabelled:
+        if self.records != "natural":
             labels = _wrong(self, task, labels, rng)
+        if self.records == "noise":
+            coins = torch.rand(inputs.shape, generator=rng) < 0.5
+            inputs = torch.where(coins, self.loudness, -self.loudness).to(inputs)
         included = torch.rand(self.num_canaries, generator=rng) < 0.5
         owners = torch.tensor(holders)[torch.arange(self.num_canaries) % len(holders)]
         population = task.public or (task.test[0][left], task.test[1][left])
@@ -250,12 +264,12 @@ def _wrong(owner: Canaries, task: Task, labels: Tensor, rng: Generator) -> Tenso
     """Return other labels than these, each as likely as any other."""
     if labels.ndim != 1 or labels.is_floating_point():
         raise ValueError(
-            f"{owner!r} gives records another class, and the labels of {task.name!r} are none: set "
-            "mislabelled to false"
+            f"{owner!r} gives records another class, and the labels of {task.name!r} are none: let "
+            "records be 'natural'"
         )
     num_classes = max(len(task.classes), int(task.test[1].max()) + 1)
     if num_classes < 2:
-        raise ValueError(f"{owner!r} needs a second class: set mislabelled to false")
+        raise ValueError(f"{owner!r} needs a second class: let records be 'natural'")
     shift = torch.randint(1, num_classes, labels.shape, generator=rng).to(labels)
     return (labels + shift) % num_classes
 

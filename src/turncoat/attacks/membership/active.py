@@ -30,6 +30,8 @@ from turncoat.trial import Memberships
 from turncoat.validate import at_least, positive
 from turncoat.views import ClientView, ServerView
 
+_SAME = Same()
+
 
 @dataclass(frozen=True)
 class GradientAscent:
@@ -91,7 +93,7 @@ class Isolation:
     """
 
     victim: int
-    inner: Broadcast = Same()
+    inner: Broadcast = _SAME
     withholds = frozenset({"rng"})
 
     def __post_init__(self) -> None:
@@ -223,9 +225,9 @@ class ActiveLocalAttacker:
 
     A malicious participant's, the client ``by`` of the trial. In each round it trains, and adds the
     ascent to its update. Of the step it subtracts what it sent itself, as ``Colluders`` do; what is
-    left is how the others react to a state in which the targets' loss is raised. The last round's reaction is not seen, for the next state tells it.
-
-    What counts is how far they go beyond its own honest update, which began at the same state.
+    left is how the others react to a state in which the targets' loss is raised. The last round's
+    reaction is not seen, for the next state tells it. What counts is how far they go beyond its own
+    honest update, which began at the same state.
 
     Differs from the paper: as ``ActiveGlobalAttacker``.
 
@@ -261,9 +263,7 @@ class ActiveLocalAttacker:
         """What its client wears in the place of the federation's training."""
         return Ascending(self.inner, self.ascent, self.boost)
 
-    def __call__(
-        self, view: Sequence[ClientView[Update]], *, candidates: Batch
-    ) -> Memberships:
+    def __call__(self, view: Sequence[ClientView[Update]], *, candidates: Batch) -> Memberships:
         mine = {v.round: v for v in view}
         found: list[Tensor | None] = []
         for t, before, theirs in Colluders(rest=self.rest).residues(view):

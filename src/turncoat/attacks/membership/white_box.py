@@ -163,6 +163,22 @@ def residue(step: Tensor, own: Sequence[Update], rest: float | None = None) -> T
     return (left / theirs).to(step)
 
 
+def moved_by(
+    view: ServerView[Update] | AggregateView[Update], client: int | None
+) -> Iterator[Moved]:
+    """Yield by what a client moved its state in a round, or all did: nothing if it was not there.
+
+    Where single updates are not seen, or no client is named, it is the step of all.
+    """
+    if isinstance(view, AggregateView):
+        yield view.round, view.before, view.after - view.before
+    elif client is None:
+        yield view.round, torch.stack(view.sent).mean(dim=0), Update.total(view.messages).delta
+    elif client in view.senders:
+        i = view.senders.index(client)
+        yield view.round, view.sent[i], view.messages[i].delta
+
+
 def suspicion(
     model: Model,
     before: Tensor,
@@ -246,7 +262,9 @@ def counts(rounds: tuple[int, ...] | None, t: int) -> bool:
     return rounds is None or t in rounds
 
 
-def check_read(attack: object, features: tuple[Feature, ...], rounds: tuple[int, ...] | None) -> None:
+def check_read(
+    attack: object, features: tuple[Feature, ...], rounds: tuple[int, ...] | None
+) -> None:
     name = type(attack).__name__
     if not features or len(set(features)) < len(features):
         raise ValueError(f"{name}: features must name one or more of {', '.join(ALL)}, each once")

@@ -1,52 +1,57 @@
-"""Membership by a net that reads gradients, activations and losses, and learnt on known members."""
+"""Membership by a net that reads gradients, losses and activations, and learnt on known members."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 
 from turncoat.activations import features
-from turncoat.attacks.membership.white_box import counts, gradients
+from turncoat.attacks.membership.lira import confidence
+from turncoat.attacks.membership.white_box import Feature, Moved, counts, evidence, moved_by
 from turncoat.games.membership import Known
 from turncoat.messages import Update
 from turncoat.randomness import ambient
 from turncoat.stage import Broadcast
 from turncoat.task import Batch, Model
 from turncoat.trial import Memberships
-from turncoat.validate import at_least, fraction, positive
+from turncoat.validate import at_least, fraction, one_of, positive
 from turncoat.views import AggregateView, ModelView, ServerView
 
-_MOST = 256  # entries of a layer's gradient that are read as they are; more are projected
+Part = Literal["gradients", "loss", "outputs", "activations", "label"]
 _FAR = 5.0  # deviations from the mean at which an entry is cut off
+_BATCH = 32
+_OF_GRADIENTS: tuple[Feature, ...] = ("alignment", "gradient-norm")
 
 
 @dataclass(frozen=True)
 class WhiteBoxNet:
     """Learn on known records what a model shows of its members, and judge others by it [1]_.
 
-    Of each record and each round the net reads, at the state that the client in question came to
-    (or, where single updates cannot be read or no client is named, at the new global state): the
-    gradients of the last layers, the last hidden activations, the outputs, the loss; and the
-    label. Each part passes a layer of its own, an encoder joins them, and the mean over some nets
-    is the score.
+    Of each record and each round that counts the net reads, at the update of the client in question
+    (or, where single updates cannot be read or no client is named, at the step of the global
+    model), for every layer how long the record's gradient is before and after, and how far the
+    update points along it; and how sure the model is of the label before and after. Each part
+    passes a layer of its own, an encoder joins them, and the mean of some such nets is the score.
 
     It must be told of some records whether they are members: a game with ``num_known`` grants
     them. Of the candidates it knows as little as any other attack.
 
-    Differs from the paper: fully connected layers where it has convolutions over a gradient's
-    columns; of a gradient with more than 256 entries 256 random projections are read, and the
-    logarithm of its length; fewer and narrower layers, for few known records.
+    Differs from the paper: gradients are read by their lengths and their cosines with the update,
+    not entry by entry; the outputs, the last hidden activations and the label are read if they are
+    asked for: on a few hundred known records they only teach it these records by heart. Fully
+    connected layers, fewer and narrower, for the same reason.
 
     Args:
-        num_layers: Of how many layers, counted from the last, the gradients are read.
+        parts: Which to read.
         width: Of the layer of each part, and of the encoder.
         num_epochs: Passes over the known records.
-        lr: Of Adam.
-        weight_decay: Of Adam.
+        lr: Of AdamW.
+        weight_decay: Of AdamW.
         dropout: Share of the parts' units that are left out in each step of training.
         num_nets: How many nets are trained; their scores are averaged.
         rounds: Which rounds count, by number; None for all.
@@ -56,22 +61,27 @@ class WhiteBoxNet:
        https://arxiv.org/abs/1812.00910
     """
 
-    num_layers: int = 2
-    width: int = 32
-    num_epochs: int = 60
+    parts: tuple[Part, ...] = ("gradients", "loss")
+    width: int = 16
+    num_epochs: int = 30
     lr: float = 1e-3
-    weight_decay: float = 1e-2
+    weight_decay: float = 0.1
     dropout: float = 0.2
-    num_nets: int = 3
+    num_nets: int = 5
     rounds: tuple[int, ...] | None = None
     server: Broadcast | None = None
 
     def __post_init__(self) -> None:
-        at_least(1, self, num_layers=self.num_layers, width=self.width)
-        at_least(1, self, num_epochs=self.num_epochs, num_nets=self.num_nets)
+        if not self.parts or len(set(self.parts)) < len(self.parts):
+            raise ValueError("WhiteBoxNet: parts must name one or more, each once")
+        for part in self.parts:
+            one_of(Part, self, parts=part)
+        at_least(1, self, width=self.width, num_epochs=self.num_epochs, num_nets=self.num_nets)
         positive(self, lr=self.lr)
         at_least(0, self, weight_decay=self.weight_decay)
         fraction(self, dropout=self.dropout)
+        if self.rounds is not None and not self.rounds:
+            raise ValueError("WhiteBoxNet: rounds must name one or more, or be None for all")
         for t in self.rounds or ():
             at_least(0, self, rounds=t)
 
@@ -89,19 +99,16 @@ class WhiteBoxNet:
                 f"{self!r} learns on records that are known to be members or not, and the game "
                 "grants none: give it num_known"
             )
-        states = [state for v in view for state in _states(v, client) if self._counts(v.round)]
-        if not states:
+        moved = [m for v in view if counts(self.rounds, v.round) for m in moved_by(v, client)]
+        if not moved:
             raise ValueError(
-                f"{self!r} saw no state of anyone in question in the rounds that count: let it see "
+                f"{self!r} saw no step of anyone in question in the rounds that count: let it see "
                 "more rounds, and the client take part in them"
             )
-        model, both = view[0].model, _joined(known.records, candidates)
-        seed = int(torch.randint(2**31 - 1, (1,), generator=rng))
-        read = [list(_read(model, params, both, self.num_layers, seed)) for params in states]
-        parts = [torch.cat(part, dim=1).float() for part in zip(*read, strict=True)]
-        parts.append(_label(model, states[0], both))
-        num_known, inside = len(known.inside), known.inside.to(parts[0])
-        parts = [_standard(part, num_known) for part in parts]
+        data = _joined(known.records, candidates)
+        read = [[_read(part, view[0].model, m, data) for m in moved] for part in self.parts]
+        num_known, inside = len(known.inside), known.inside.to(moved[0][1])
+        parts = [_standard(torch.cat(rounds, dim=1), num_known) for rounds in read]
         total = torch.zeros(len(candidates[1]), dtype=torch.float64)
         for _ in range(self.num_nets):
             net = self._learnt([part[:num_known] for part in parts], inside, rng)
@@ -109,19 +116,16 @@ class WhiteBoxNet:
                 total += net([part[num_known:] for part in parts]).cpu().double()
         return Memberships(total / self.num_nets)
 
-    def _counts(self, t: int) -> bool:
-        return counts(self.rounds, t)
-
     def _learnt(self, parts: list[Tensor], inside: Tensor, rng: Generator) -> Joined:
         torch.rand(1, generator=rng)  # so that each net begins elsewhere
         with ambient(rng), torch.enable_grad():
-            widths = [part.shape[1] for part in parts]
-            net = Joined(widths, self.width, self.dropout).to(inside.device)
+            net = Joined([part.shape[1] for part in parts], self.width, self.dropout)
+            net.to(inside.device)
             optimiser = torch.optim.AdamW(
                 net.parameters(), lr=self.lr, weight_decay=self.weight_decay
             )
             for _ in range(self.num_epochs):
-                for chosen in torch.randperm(len(inside)).split(32):
+                for chosen in torch.split(torch.randperm(len(inside)), _BATCH):
                     here = chosen.to(inside.device)
                     optimiser.zero_grad()
                     said = net([part[here] for part in parts])
@@ -148,52 +152,21 @@ class Joined(nn.Module):
         return out
 
 
-def _states(
-    view: ServerView[Update] | AggregateView[Update], client: int | None
-) -> Iterator[Tensor]:
-    """Yield the state that the client came to in a round, or all did; none if it was not there."""
-    if isinstance(view, AggregateView):
-        yield view.after
-    elif client is None:
-        before = torch.stack(view.sent).mean(dim=0)
-        yield before + Update.total(view.messages).delta
-    elif client in view.senders:
-        i = view.senders.index(client)
-        yield view.sent[i] + view.messages[i].delta
-
-
-def _read(
-    model: Model, params: Tensor, data: Batch, num_layers: int, seed: int
-) -> Iterator[Tensor]:
-    """Yield the parts of what a state shows of each record: each ``(records, entries)``."""
-    view = ModelView(model, params)
-    log_probs = view.scores(data[0]).double().clamp(min=-30)
-    own = log_probs.gather(1, data[1][:, None])
-    yield torch.cat([log_probs, -own, (-own).clamp(min=1e-9).log()], dim=1)
-    yield features(model, params, data[0])
-    weights = [s for s in model.layout.slots if s.trainable and len(s.shape) > 1][-num_layers:]
-    found: list[list[Tensor]] = [[] for _ in weights]
-    projections = [_projection(s.stop - s.start, seed).to(params) for s in weights]
-    for rows in gradients(model, params, data):
-        for slot, projection, into in zip(weights, projections, found, strict=True):
-            here = rows[:, slot.start : slot.stop]
-            length = here.norm(dim=1, keepdim=True).clamp(min=1e-12)
-            into.append(torch.cat([here @ projection, length.log()], dim=1))
-    for into in found:
-        yield torch.cat(into)
-
-
-def _projection(size: int, seed: int) -> Tensor:
-    """Return what makes at most so many entries of a gradient: itself, or random mixtures."""
-    if size <= _MOST:
-        return torch.eye(size)
-    rng = torch.Generator().manual_seed(seed)
-    return torch.randn(size, _MOST, generator=rng) / _MOST**0.5
-
-
-def _label(model: Model, params: Tensor, data: Batch) -> Tensor:
-    num_classes = model.logits(params, data[0][:1]).shape[1]
-    return one_hot(data[1], num_classes).float()
+def _read(part: Part, model: Model, moved: Moved, data: Batch) -> Tensor:
+    """Return one part of what a step shows of each record. Shape: ``(records, entries)``."""
+    _, before, delta = moved
+    after = before + delta
+    if part == "gradients":
+        lengths = evidence(model, before, torch.zeros_like(delta), data, "gradient-norm")
+        shown = [lengths, *(evidence(model, before, delta, data, f) for f in _OF_GRADIENTS)]
+        return torch.cat(shown).T.float()
+    if part == "loss":
+        here, there = (confidence(ModelView(model, p), data) for p in (before, after))
+        return torch.stack([here, there, there - here], dim=1).float()
+    if part == "activations":
+        return features(model, after, data[0])
+    scores = ModelView(model, after).scores(data[0])
+    return scores if part == "outputs" else one_hot(data[1], scores.shape[1]).float()
 
 
 def _standard(part: Tensor, num_known: int) -> Tensor:
