@@ -1,8 +1,8 @@
 """Canaries in a user's own federation, from his file to the page.
 
-Kinds: sabotage (broken trainers and rules that claim epsilon = 1 are refuted), oracle (the right ones
-are not, nor is chance; group privacy against a Gaussian of twice the length), theorem (who is in and
-who is not; a bound never beats what guesses can prove), contract (units, errors, the page).
+Kinds: sabotage (broken trainers and rules that claim epsilon = 1 are refuted, the right ones are
+not), oracle (group privacy against a Gaussian of twice the length), theorem (who is in, and who is
+not), contract (units, errors, the file, the page).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from turncoat.federation import Federation, Plain
 from turncoat.games.canaries import Canaries, ClientCanaries
 from turncoat.graphs import Complete
 from turncoat.metrics.tradeoff import composed
-from turncoat.plan import Audit, Entry, Impossible, claim_of, plan, planned_run
+from turncoat.plan import Audit, Entry, Impossible, claim_of, plan, planted_run
 from turncoat.privacy import Private, Unit, claim, of_two
 from turncoat.report.claims import Audit as Shown
 from turncoat.report.page import write_report
@@ -50,7 +50,7 @@ FIELDS: dict[str, Any] = {
     "noise_multiplier": noise_for(1.0, DELTA, RATE, ROUNDS),
 }
 RECORDS = Canaries(150, client=0, records="noise")
-CLIENTS = ClientCanaries(100)
+CLIENTS = ClientCanaries(80)
 SGD = LocalSGD(0.1, batch_size=20)
 
 
@@ -120,7 +120,7 @@ def test_half_of_the_canaries_are_added_to_what_their_holders_have() -> None:
     for client in (None, 1):
         game = Canaries(60, client=client)
         played = audit({"none": federation()}, LossThreshold(), game, Seat.USER)
-        with_them, coalition = planned_run(played, played.federations["none"], game, 0)
+        with_them, coalition = planted_run(played, played.federations["none"], game, 0)
         added = [new - old for new, old in zip(with_them.sizes, task().sizes, strict=True)]
         assert coalition is None and 15 < sum(added) < 45
         assert added[0] == 0 if client == 1 else min(added) > 0
@@ -159,7 +159,7 @@ def test_every_kind_of_record_is_told_better_than_by_chance_without_noise(
 
 
 def test_a_rule_with_too_little_noise_is_refuted_and_the_right_one_is_not(tmp_path: Path) -> None:
-    sigma = noise_for(1.0, DELTA, 1.0, ROUNDS)
+    sigma = noise_for(1.0, DELTA, 1.0, 8)
     options: dict[str, Any] = {
         "max_norm": 1.0,
         "noise_multiplier": sigma,
@@ -175,6 +175,7 @@ def test_a_rule_with_too_little_noise_is_refuted_and_the_right_one_is_not(tmp_pa
         DiracProducts(),
         CLIENTS,
         Seat.CLIENT,
+        rounds=8,
     )
     found = cells(played, tmp_path)
     assert not measured(found["right"]).beats_baseline
@@ -198,7 +199,7 @@ def test_clients_who_add_the_noise_themselves_are_audited_with_their_noise(tmp_p
         rounds=4,
     )
     for name in ("right", "weak"):
-        whole, coalition = planned_run(played, played.federations[name], ClientCanaries(60), 0)
+        whole, coalition = planted_run(played, played.federations[name], ClientCanaries(60), 0)
         assert len(whole.clients) == 62  # who is there is public
         assert coalition is not None and isinstance(coalition.train, LocalNoise)
     found = cells(played, tmp_path)
