@@ -81,6 +81,13 @@ from turncoat.attacks.inversion.segmentation import (
 from turncoat.attacks.inversion.starts import Constant, Uniform
 from turncoat.attacks.inversion.starts import Gaussian as GaussianStart
 from turncoat.attacks.inversion.tabular import TabLeak
+from turncoat.attacks.membership.active import (
+    ActiveGlobalAttacker,
+    ActiveLocalAttacker,
+    GradientAscent,
+    Isolation,
+)
+from turncoat.attacks.membership.canaries import DiracProducts, GradientRegression
 from turncoat.attacks.membership.label_only import LabelOnly
 from turncoat.attacks.membership.lira import LiRA
 from turncoat.attacks.membership.loss_threshold import LossThreshold
@@ -94,6 +101,7 @@ from turncoat.attacks.membership.thresholds import (
 )
 from turncoat.attacks.membership.trajectory import Trajectory
 from turncoat.attacks.membership.white_box import Colluders, GlobalAttacker, LocalAttacker
+from turncoat.attacks.membership.white_box_net import WhiteBoxNet
 from turncoat.attacks.poisoning.alie import ALIE
 from turncoat.attacks.poisoning.availability import Availability
 from turncoat.attacks.poisoning.boost import Boost
@@ -110,6 +118,7 @@ from turncoat.attacks.poisoning.tailored import Tailored
 from turncoat.attacks.property.losses import LossTest, ThresholdTest
 from turncoat.attacks.property.updates import AggregateClassifier, UpdateClassifier
 from turncoat.attacks.property.weights import MetaClassifier
+from turncoat.auditing.canaries import Placed
 from turncoat.coalition import Always, Clients, Every, From, Once, Pool
 from turncoat.config import Where, part
 from turncoat.federation import (
@@ -121,6 +130,7 @@ from turncoat.federation import (
     WhiteBox,
 )
 from turncoat.games.attributes import AttributeInference
+from turncoat.games.canaries import Canaries, ClientCanaries
 from turncoat.games.membership import Membership
 from turncoat.games.outcomes import (
     AccuracyLost,
@@ -378,6 +388,31 @@ ATTACKS = {
         ({"rest": 0.0}, {"features": ()}, {"rounds": ()}),
         more={"view": two_rounds()},
     ),
+    "active-global-attacker": cited(
+        ActiveGlobalAttacker(features=("alignment",)), {"features": ()}, {"rounds": ()}
+    ),
+    "active-local-attacker": Row(
+        ActiveLocalAttacker(inner=SGD, rest=40.0),
+        ({"boost": 0.0}, {"rest": 0.0}, {"features": ()}),
+        more={"view": two_rounds(), "candidates": example_task().test},
+    ),
+    "white-box-net": cited(
+        WhiteBoxNet(num_epochs=2, num_nets=1),
+        {"parts": ()},
+        {"parts": ("weights",)},
+        {"width": 0},
+        {"rounds": ()},
+    ),
+    "gradient-regression": trivial(
+        GradientRegression(num_directions=4), {"ridge": 0.0}, {"num_directions": -1}
+    ),
+    "dirac-products": Row(
+        DiracProducts(),
+        more={
+            "view": (example_view(AggregateView[Update], example_task()),),
+            "canaries": Placed(num_canaries=12, layout=example_task().model.layout),
+        },
+    ),
     "trajectory": cited(Trajectory(), {"first": -1}),
     "gradient-norm": about_people(GradientNorm(), {"prior": "flat"}),
     "neuron-output": about_people(NeuronOutput(2), {"num_neurons": 0}),
@@ -520,6 +555,10 @@ STAGES = {
     "imprint": cited(Imprint(num_bins=4), {"num_bins": 1}, {"gain": 0.0}, {"seed": -1}),
     "model-inconsistency": cited(ModelInconsistency(victim=0), {"victim": -1}),
     "class-fishing": cited(ClassFishing(target=1), {"target": -1}, {"margin": 0.0}),
+    "gradient-ascent": cited(
+        GradientAscent(num_parts=2), {"lr": 0.0}, {"num_steps": 0}, {"num_parts": 0}, {"first": -1}
+    ),
+    "isolation": cited(Isolation(victim=0, inner=GradientAscent()), {"victim": -1}),
     "everyone": trivial(Everyone()),
     "fixed-sample": trivial(FixedSample(3), {"num_sampled": 0}),
     "fraction-sample": trivial(FractionSample(0.5), {"fraction": 1.1}),
@@ -600,6 +639,24 @@ GAMES = {
         {"num_candidates": 3},
         {"client": -1},
         solve=lambda question, truth: Memberships(truth),
+    ),
+    "canaries": trivial(
+        Canaries(40),
+        {"num_canaries": 3},
+        {"client": -1},
+        {"records": "strange"},
+        {"claimed": 0.0},
+        {"confidence": 1.0},
+        {"loudness": 0.0},
+        solve=lambda question, truth: Memberships(truth.included.double()),
+    ),
+    "client-canaries": trivial(
+        ClientCanaries(40),
+        {"num_canaries": 3},
+        {"length": 0.0},
+        {"claimed": -1.0},
+        {"confidence": 0.0},
+        solve=lambda question, truth: Memberships(truth.included.double()),
     ),
     "property-inference": Row(
         PropertyInference(label=1, num_suspects=100),

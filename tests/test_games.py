@@ -432,6 +432,7 @@ def test_a_question_grants_what_attacks_ask_for_and_nothing_of_the_truth() -> No
         "population",
         "shadows",
         "client",
+        "known",
     ]
     assert Trial(LiRA(), Membership()).needs == ModelView | QueryView
     assert Trial(LossThreshold(), Membership()).family == "membership"

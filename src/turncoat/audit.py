@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from turncoat.coalition import Coalition
 from turncoat.describe import fingerprint
 from turncoat.federation import Federation
 from turncoat.games.peers import combined, traitors_of
@@ -31,10 +32,13 @@ from turncoat.plan import (
     Plan,
     Planned,
     Training,
+    aimed,
+    claim_of,
     is_model,
     num_suspects,
     order_of,
     plan,
+    planted_run,
     pose,
     remakers,
     shadow_run,
@@ -391,6 +395,7 @@ def train(
         ends = _ends(audit, training, task, _params(folder, training.key))
         write_json(folder.log(training.key), known | {"remade": known.get("remade", {}) | ends})
         return None, time.perf_counter() - began
+    coalition = training.coalition
     draft, state, log = folder.draft(training.key), None, list[Played]()
     history: list[float] = []
     try:
@@ -398,6 +403,8 @@ def train(
             federation, task, seed = shadow_run(
                 audit, federation, training.game, training.shadow, seed
             )
+        if training.planted:
+            task, coalition = planted_run(audit, federation, training.game, seed)
         missing = [t for t in training.states if t and not folder.state(training.key, t).exists()]
         if draft.exists():
             state, log, history = _read_draft(draft)
@@ -421,7 +428,7 @@ def train(
             task,
             num_rounds=audit.num_rounds,
             seed=seed,
-            coalition=training.coalition,
+            coalition=coalition,
             server=training.server,
             device=device,
             state=state,
@@ -623,12 +630,18 @@ def _play(
     runtime: Runtime | None,
 ) -> Marked:
     federation, seed = audit.federations[cell.defence], cell.seed
+    trial = aimed(audit, federation, trial, seed)
     apart = matches(trial.needs, ClientView)
     question, truth = pose(
         audit, federation, trial.game, trial.at, seed, trial.by, apart, trial.allies
     )
     view: Any
-    if trial.suspects:
+    if trial.planted:
+        question, truth = pose(audit, federation, trial.game, -1, seed)
+        task, coalition = planted_run(audit, federation, trial.game, seed)
+        source = _Source(cell.run, federation, task, seed, coalition)
+        view = _view(audit, folder, cell, trial, source, device, runtime)
+    elif trial.suspects:
         every = _worlds(audit, folder, cell, trial, (question, truth), device, runtime)
         num = num_suspects(trial)
         view = Suspects(every.views[:num])
@@ -638,7 +651,7 @@ def _play(
     else:
         if cell.shadows:
             question = replace(question, shadows=_shadows(audit, folder, cell, trial, question))
-        source = _Source(cell.run, federation, audit.task, seed)
+        source = _Source(cell.run, federation, audit.task, seed, trial.coalition)
         view = _view(audit, folder, cell, trial, source, device, runtime)
     question = moved(question, device)
     asked = {f.name: getattr(question, f.name) for f in fields(question)}
@@ -652,6 +665,10 @@ def _play(
         alone = call(deaf, view, rng=rng, drafts=drafts.of("prior-only"), **asked)
         guess = tuple(replace(g, prior_only=a.inputs) for g, a in zip(guess, alone, strict=True))
     guess = moved(guess, "cpu")
+    if trial.planted:
+        claim = claim_of(audit, federation, trial.game, cell.seat)
+        rng = randomness.at("mark" + name)
+        return trial.game.mark(guess, truth, rng=rng, claim=claim)  # type: ignore[call-arg]
     return trial.game.mark(guess, truth, rng=randomness.at("mark" + name))
 
 
@@ -682,7 +699,7 @@ def _worlds(
     for i, k in enumerate(cell.shadows):
         federation = audit.federations[cell.defence]
         played, task, seed, is_second = world_of(audit, federation, trial.game, i, cell.seed, posed)
-        source = _Source(k, played, task, seed)
+        source = _Source(k, played, task, seed, trial.coalition)
         views.append(_view(audit, folder, cell, trial, source, device, runtime))
         second.append(is_second)
     return Worlds(tuple(views), torch.tensor(second))
@@ -696,6 +713,7 @@ class _Source:
     federation: Federation[Any, Any]
     task: Task
     seed: int
+    coalition: Coalition[Any] | None
 
 
 def _view(
@@ -724,7 +742,7 @@ def _view(
         task,
         num_rounds=audit.num_rounds,
         seed=source.seed,
-        coalition=trial.coalition,
+        coalition=source.coalition,
         server=trial.server,
         watch=[watch_of(trial, audit.num_rounds)],
         device=device,

@@ -27,6 +27,7 @@ from turncoat.stage import (
     join,
     leaves_trace,
     planned,
+    wants,
     within,
 )
 from turncoat.task import Batch, Model, Task
@@ -176,6 +177,11 @@ class Federation(Generic[P, M]):
         at_least(0, self, min_clients=self.min_clients)
         for place, kind in STAGES.items():
             check(getattr(self, place), kind)
+            if wants(stage := getattr(self, place), "targets") or wants(stage, "last"):
+                raise IncompatibleStages(
+                    f"{stage!r} is told what an attack is after, and a federation is after "
+                    "nobody: let an attack name it as its server"
+                )
         join(self.train, self.trains, self.channel)
         join(self.channel, self.sends, self.aggregate)
         self._check_answers()

@@ -15,13 +15,16 @@ from turncoat.describe import fingerprint, key
 from turncoat.federation import Federation, WhiteBox
 from turncoat.games.properties import SameStart
 from turncoat.graphs import neighbours_of
+from turncoat.privacy import Claim, claim, guarantees
 from turncoat.randomness import Randomness
 from turncoat.runtimes.simulate import Watch, cohorts
 from turncoat.selection import Search
-from turncoat.stage import Broadcast, asks, code_of, matches, within
+from turncoat.stage import Broadcast, asks, code_of, matches, wants, within
+from turncoat.stage import Plan as Schedule
+from turncoat.targets import AimedBroadcast, AimedTrain, targets_of
 from turncoat.task import Shards, Task
 from turncoat.trial import Blocked, Failed, Sabotage, Trial, why_blocked
-from turncoat.views import ModelView, QueryView, Seat
+from turncoat.views import ClientView, ModelView, QueryView, Seat
 
 
 class Impossible(ValueError):
@@ -81,6 +84,7 @@ class Training:
         states: Before which rounds its state is kept, for the views of those rounds.
         remakes: The defences that release another model than this, whose accuracy is noted too.
         shadow: Which of the shadow models of ``game`` it is, if it is one.
+        planted: Whether ``game`` plants its canaries in it.
     """
 
     key: str
@@ -93,6 +97,7 @@ class Training:
     remakes: frozenset[str] = frozenset()
     game: Any = field(default=None, repr=False)
     shadow: int | None = None
+    planted: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,13 @@ def _check_entry(audit: Audit, name: str, trial: Trial[Any] | Sabotage) -> None:
                     f"the attack {name!r} is by client {client}, but there are {num_clients} "
                     f"clients, 0 to {num_clients - 1}"
                 )
+        if trial.planted:
+            _check_canaries(audit, name, trial)
+    elif told := [s for s in _worn_by(trial) if wants(s, "targets")]:
+        raise Impossible(
+            f"the attack {name!r}: {told[0]!r} is told whom to aim at by an attack on membership: "
+            "name it as that attack's server"
+        )
     if trial.coalition is None:
         return
     for seed in audit.seeds:
@@ -174,6 +186,19 @@ def _check_entry(audit: Audit, name: str, trial: Trial[Any] | Sabotage) -> None:
             f"the attack {name!r} never happens: {trial.coalition.acts!r} is in none of the rounds "
             f"0 to {last}: choose an earlier one, or raise 'rounds'"
         )
+
+
+def _check_canaries(audit: Audit, name: str, trial: Trial[Any]) -> None:
+    federation = next(iter(audit.federations.values()))
+    try:
+        pose(audit, federation, trial.game, -1, audit.seeds[0])
+    except ValueError as error:
+        raise Impossible(f"the attack {name!r}: {error}") from None
+
+
+def _worn_by(trial: Sabotage) -> list[Any]:
+    worn = trial.coalition
+    return [s for s in (trial.server, worn and worn.train) if s is not None]
 
 
 def rows(audit: Audit, entry: Entry) -> list[Seat | None]:
@@ -204,9 +229,18 @@ def _cell(
         if not _meets(audit, trial.coalition, federation, seed):
             missed = "in no round that a member of the coalition is sampled in does it act"
             return replace(cell, settled=Failed(f"{missed}: let it act more often"))
-    run = training_key(audit, federation, seed, trial.coalition, trial.server)
     if isinstance(trial, Sabotage):
+        run = training_key(audit, federation, seed, trial.coalition, trial.server)
         return replace(cell, run=run, clean=training_key(audit, federation, seed))
+    if trial.planted:
+        if (promised := claim_of(audit, federation, trial.game, seat)).other_unit:
+            why = f"{trial.game!r} asks what each {promised.unit} costs; here {promised.text}"
+            cure = "play 'canaries', of records, or state what is claimed for each client"
+            return replace(cell, settled=Blocked(f"{why}: {cure}"))
+        run = planted_key(audit, federation, seed, trial.game)
+        return replace(cell, run=run, clean=training_key(audit, federation, seed))
+    told = aimed(audit, federation, trial, seed)
+    run = training_key(audit, federation, seed, told.coalition, told.server)
     shadows = tuple(
         shadow_key(audit, federation, seed, trial.game, k)
         for k in range(num_suspects(trial) + num_shadows(trial))
@@ -224,6 +258,27 @@ def _meets(
         coalition.acting(num_clients, t, randomness) & set(cohort)
         for t, cohort in enumerate(sampled)
     )
+
+
+def aimed(
+    audit: Audit, federation: Federation[Any, Any], trial: Trial[Any], seed: int
+) -> Trial[Any]:
+    """Return a trial whose server and coalition know which records it is about, if they ask.
+
+    The question follows from the seed, so that it can be posed before the first round is played.
+    """
+    server, coalition = trial.server, trial.coalition
+    told = [s for s in (server, coalition and coalition.train) if s and wants(s, "targets")]
+    if not told:
+        return trial
+    apart = matches(trial.needs, ClientView)
+    question, _ = pose(audit, federation, trial.game, trial.at, seed, trial.by, apart, trial.allies)
+    targets = targets_of(question)
+    if server in told:
+        server = AimedBroadcast(server, *targets)
+    if coalition is not None and coalition.train in told:
+        coalition = replace(coalition, train=AimedTrain(coalition.train, *targets))
+    return replace(trial, server=server, coalition=coalition)
 
 
 def training_key(
@@ -254,21 +309,49 @@ def shadow_key(
     return key(trained(federation), audit.task_key, audit.num_rounds, seed, game, shadow)
 
 
+def planted_key(audit: Audit, federation: Federation[Any, Any], seed: int, game: Any) -> str:
+    return key(trained(federation), audit.task_key, audit.num_rounds, seed, game, "planted")
+
+
+def planted_run(
+    audit: Audit, federation: Federation[Any, Any], game: Any, seed: int
+) -> tuple[Task, Coalition[Any] | None]:
+    """Return the task of a run with canaries, and the dishonest clients in it, if it has any."""
+    _, truth = pose(audit, federation, game, -1, seed)
+    task, coalition = game.planted(audit.task, federation, truth)
+    return task, coalition
+
+
+def claim_of(audit: Audit, federation: Federation[Any, Any], game: Any, seat: Seat | None) -> Claim:
+    """Return what is claimed for what a game's canaries are, against a seat."""
+    if game.claimed is not None:
+        return Claim(game.unit, audit.delta, game.claimed, "stated in the game")
+    sizes, rounds = audit.task.sizes, audit.num_rounds
+    fitted = federation.planned(Schedule(rounds, sizes, audit.task.model))
+    found = guarantees(fitted, num_records=min(sizes), num_rounds=rounds, delta=audit.delta)
+    return claim(found, game.unit, seat, audit.delta)
+
+
 def _trainings(audit: Audit, cell: Planned) -> list[Training]:
     trial = audit.entries[cell.attack].trial
     active = isinstance(trial, Sabotage) or trial.coalition is not None or trial.server is not None
     federation = audit.federations[cell.defence]
     remade = federation.yields_model and remakers(federation)
     remakes = frozenset({cell.defence}) if remade else frozenset[str]()
+    planted = isinstance(trial, Trial) and trial.planted
+    if isinstance(trial, Trial):
+        trial = aimed(audit, federation, trial, cell.seed)
     run = Training(
         cell.run,
         cell.defence,
         cell.seed,
-        cell.attack if active else None,
+        cell.attack if active or planted else None,
         trial.coalition,
         trial.server,
         states=states_needed(trial, federation, audit.num_rounds),
         remakes=remakes,
+        game=trial.game if planted else None,  # type: ignore[union-attr]
+        planted=planted,
     )
     found = [run]
     if cell.clean and cell.clean != cell.run:

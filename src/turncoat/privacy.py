@@ -138,6 +138,72 @@ def guarantees(
     return tuple(found)
 
 
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a federation promises for one record or one client, to who looks from one seat.
+
+    Attributes:
+        epsilon: At ``delta``; None where nothing is promised.
+        text: What it follows from, or why there is none.
+        other_unit: Whether it is for want of the unit alone that there is none.
+    """
+
+    unit: Unit
+    delta: float
+    epsilon: float | None
+    text: str
+    other_unit: bool = False
+
+
+def claim(
+    found: tuple[Private | Unproven, ...], unit: Unit, seat: str | None, delta: float
+) -> Claim:
+    """Return the least that guarantees promise for a unit, against one seat.
+
+    What holds for each client holds for each record, if not as it is: who changes one record of a
+    client takes the client away and adds another, two steps of which each costs ε. What holds for
+    each record says nothing of all the records of a client together.
+    """
+    here = [g for g in found if isinstance(g, Private) and seat in g.against]
+    promised = {g.epsilon: str(g) for g in here if g.unit is unit}
+    if unit is Unit.RECORD:
+        for g in here:
+            if g.unit is Unit.CLIENT:
+                promised[of_two(g, delta)] = f"{g}; of a client's records one counts as two clients"
+    if promised:
+        least = min(promised)
+        return Claim(unit, delta, least, promised[least])
+    if here:
+        said = f"{here[0]}: that bounds no client, who has many records"
+        return Claim(unit, delta, None, said, other_unit=True)
+    said = "; ".join(str(g) for g in found) or "nothing here adds noise"
+    return Claim(unit, delta, None, f"nothing is claimed against the {seat}: {said}")
+
+
+def of_two(guarantee: Private, delta: float) -> float:
+    """Return the ε at ``delta`` of two neighbouring steps, each with this guarantee.
+
+    (ε, δ) for one step is (2 ε, (1 + e^ε) δ) for two [1]_; ε is taken at the δ for which the latter
+    is ``delta``.
+
+    .. [1] Dwork and Roth, 2014, theorem 2.2 and its proof for δ > 0 (group privacy).
+       https://doi.org/10.1561/0400000042
+    """
+    from math import exp
+
+    from turncoat.metrics.tradeoff import composed
+
+    accountant, each = composed(guarantee.event), delta / 2
+    for _ in range(60):  # ε grows as δ shrinks: where the two stand still, both fit
+        epsilon = float(accountant.get_epsilon(each))
+        if epsilon > 50:
+            return float("inf")
+        if (1 + exp(epsilon)) * each <= delta * (1 + 1e-9):
+            break
+        each = delta / (1 + exp(epsilon)) * 0.999
+    return 2 * epsilon
+
+
 def loose(delta: float, num: int, unit: Unit) -> str | None:
     """Return why a δ says little for ``num`` records or clients; None where it is below 1 / num.
 

@@ -93,7 +93,11 @@ class Sample(Protocol):
 
 
 class Broadcast(Protocol):
-    """What the server sends to one client. Offered: rng, model, public, envelope."""
+    """What the server sends to one client. Offered: rng, model, public, envelope.
+
+    To a malicious one also: targets, the records that its attack is after (a batch), and last, the
+    state that the client last came to, where its message could be read, or None.
+    """
 
     def __call__(self, params: Tensor, *args: Any, **asks: Any) -> Tensor: ...
 
@@ -108,7 +112,10 @@ class Prepare(Protocol):
 
 
 class Train(Protocol[P_co]):
-    """Local training. Offered: rng, memory (one per client), public, envelope."""
+    """Local training. Offered: rng, memory (one per client), public, envelope.
+
+    To a dishonest client also: targets, the records that its attack is after.
+    """
 
     def __call__(
         self, model: Model, start: Tensor, data: Batch, *args: Any, **asks: Any
@@ -155,7 +162,9 @@ PLACES: dict[Any, Place] = {
     Begin: Place((Task,), frozenset({"rng"}), "makes the first state"),
     Sample: Place((int,), frozenset({"rng"}), "chooses the cohort"),
     Broadcast: Place(
-        (Tensor,), frozenset({"rng", "model", "public", "envelope"}), "sends the state out"
+        (Tensor,),
+        frozenset({"rng", "model", "public", "envelope", "targets", "last"}),
+        "sends the state out",
     ),
     Prepare: Place(
         (Batch,),
@@ -164,7 +173,7 @@ PLACES: dict[Any, Place] = {
     ),
     Train: Place(
         (Model, Tensor, Batch),
-        frozenset({"rng", "memory", "public", "envelope"}),
+        frozenset({"rng", "memory", "public", "envelope", "targets"}),
         "trains at a client",
     ),
     Channel: Place(
@@ -341,14 +350,19 @@ def asks(code: Any) -> tuple[frozenset[str], bool]:
     return named - {"self"}, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
+def wants(stage: Any, offer: str) -> bool:
+    """Say whether a stage, or one inside it, asks for something by name."""
+    return any(offer in asks(code_of(s))[0] for s in within(stage))
+
+
 def judges(stage: Any) -> bool:
     """Say whether a stage, or one inside it, tells whom it distrusts."""
-    return any("verdict" in asks(code_of(s))[0] for s in within(stage))
+    return wants(stage, "verdict")
 
 
 def leaves_trace(stage: Any) -> bool:
     """Say whether a stage, or one inside it, tells a neighbour what it touches."""
-    return any("trace" in asks(code_of(s))[0] for s in within(stage))
+    return wants(stage, "trace")
 
 
 def code_of(stage: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar, get_args, get_origin, get_ty
 
 from torch import Generator, Tensor
 
-from turncoat.coalition import Coalition
+from turncoat.coalition import Clients, Coalition
 from turncoat.describe import ADDED
 from turncoat.federation import Federation
 from turncoat.stage import Broadcast, asks, matches
@@ -125,7 +125,8 @@ class Trial(Generic[G]):
     """An attack that only watches, and the game it plays.
 
     Args:
-        coalition: Clients that actively help it, if any.
+        coalition: Clients that actively help it, if any: client ``by`` alone, where the attack
+            itself says what is ``worn`` for its training.
         server: A malicious server's broadcast that helps it, if any: the ``server`` that the attack
             itself names, if it names one.
         at: The round whose view it gets: 0 is the first, -1 the last. Others are not kept.
@@ -150,6 +151,10 @@ class Trial(Generic[G]):
             )
         if self.server is None:
             object.__setattr__(self, "server", getattr(self.attack, "server", None))
+        if self.coalition is None and hasattr(self.attack, "worn"):
+            worn: Any = getattr(self.attack, "worn")  # noqa: B009
+            alone = Coalition[Any](members=Clients((self.by,)), train=worn)
+            object.__setattr__(self, "coalition", alone)
         question = get_args(get_type_hints(type(self.game).pose)["return"])[0]
         granted = {f.name for f in fields(question)} | {"rng", "drafts"}
         code = type(self.attack).__call__
@@ -169,11 +174,21 @@ class Trial(Generic[G]):
                 f"{self.attack!r} takes a view of {'several' if self.suspects else 'one'}: choose "
                 "another game"
             )
+        if self.planted and (self.coalition is not None or self.server is not None):
+            raise ValueError(
+                f"{self.game!r} plants canaries in a run in which nobody else is dishonest: "
+                f"{self.attack!r} can have neither a coalition nor a server of its own"
+            )
         if self.suspects and (self.coalition is not None or self.server is not None):
             raise ValueError(
                 f"{self.game!r} trains suspects in which everyone is honest: {self.attack!r} can "
                 "have neither a coalition nor a server of its own"
             )
+
+    @property
+    def planted(self) -> bool:
+        """Whether its game plants canaries, and so has a run of its own."""
+        return hasattr(self.game, "planted")
 
     @property
     def suspects(self) -> bool:

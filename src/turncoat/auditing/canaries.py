@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from turncoat.params import Layout
 from turncoat.task import Batch, Model
 from turncoat.validate import at_least, positive
 
@@ -72,11 +73,15 @@ class Diracs:
     @cached_property
     def groups(self) -> dict[str, Tensor]:
         """Return the canaries that are looked at together, by name."""
-        layers = torch.arange(self.num_canaries) % self.num_layers
-        found = {"all": torch.ones(self.num_canaries, dtype=torch.bool)}
-        if self.num_layers > 1:
-            found |= {f"layer {k}": layers == k for k in range(self.num_layers)}
+        found = {"all": torch.ones(self.num_canaries, dtype=torch.bool)} | self._by_layer
         return found | {"steady": ~self.alternates, "alternating": self.alternates}
+
+    @property
+    def _by_layer(self) -> dict[str, Tensor]:
+        if self.num_layers == 1:
+            return {}
+        layers = torch.arange(self.num_canaries) % self.num_layers
+        return {f"layer {k}": layers == k for k in range(self.num_layers)}
 
     def signs(self, round: int) -> Tensor:
         """Return which way each canary pulls: 1 or -1. Shape: ``(num_canaries,)``."""
@@ -99,6 +104,44 @@ class Diracs:
     @property
     def _width(self) -> int:
         return -(-self.num_canaries // self.num_layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed(Diracs):
+    """The same canaries at parameters of a model that is there, evenly over all of it.
+
+    They are updates, each of one client, and no records: no record has such a gradient.
+
+    Attributes:
+        layout: Of the model. A layer with eight canaries or more is looked at for itself, where no
+            more than eight layers are so large.
+    """
+
+    layout: Layout = field(repr=False)
+    num_layers: int = 1
+    num_others: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_canaries > self.layout.num_trainable:
+            raise ValueError(
+                f"{self.num_canaries} canaries need a parameter each, and the model has "
+                f"{self.layout.num_trainable}: lower num_canaries"
+            )
+
+    @cached_property
+    def places(self) -> Tensor:
+        return torch.arange(self.num_canaries) * self.layout.num_trainable // self.num_canaries
+
+    @property
+    def _by_layer(self) -> dict[str, Tensor]:
+        found = {
+            slot.name: (self.places >= slot.start) & (self.places < slot.stop)
+            for slot in self.layout.slots
+            if slot.trainable
+        }
+        large = {name: inside for name, inside in found.items() if int(inside.sum()) >= 8}
+        return large if 1 < len(large) <= 8 else {}
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class Audited:
     """What an audit found out about training that claims (epsilon, delta).
 
     Attributes:
+        claimed: The epsilon; None where nothing is claimed.
         confidence: With which all bounds hold together.
         gaussian_epsilon: A lower bound that holds only if the trade-off is that of a Gaussian
             mechanism, and canaries do not disturb each other: evidence, and never a guarantee.
@@ -44,7 +45,7 @@ class Audited:
         sampling_p_value: Of the claimed sampling rate; None where none was claimed.
     """
 
-    claimed: float
+    claimed: float | None
     delta: float
     confidence: float
     num_canaries: int
@@ -71,7 +72,7 @@ class Audited:
     @property
     def refuted(self) -> bool:
         """Say whether the claimed epsilon is contradicted."""
-        return self.epsilon > self.claimed
+        return self.claimed is not None and self.epsilon > self.claimed
 
     @property
     def missampled(self) -> bool:
@@ -81,12 +82,14 @@ class Audited:
     def __str__(self) -> str:
         best = self.best
         verdict = "refuted" if self.refuted else "not refuted"
+        what = f"claimed ε = {self.claimed:.3g}" if self.claimed is not None else "ε"
         text = (
-            f"claimed ε = {self.claimed:.3g} at δ = {self.delta:.1g}: {verdict}; at least "
+            f"{what} at δ = {self.delta:.1g}: "
+            f"{verdict if self.claimed is not None else 'nothing is claimed'}; at least "
             f"{self.epsilon:.3g} with {self.confidence:.0%} confidence ({best.num_right} of "
             f"{best.num_guesses} guesses right, {best.reading}, {self.num_canaries} canaries)"
         )
-        if self.most <= self.claimed:
+        if self.claimed is not None and self.most <= self.claimed:
             text += (
                 f"; {self.num_canaries} canaries cannot prove more than {self.most:.3g}: take more"
             )
@@ -101,7 +104,7 @@ def audited(
     included: Tensor,
     groups: Mapping[str, Tensor],
     *,
-    claimed: float,
+    claimed: float | None,
     delta: float,
     confidence: float,
 ) -> Audited:
@@ -136,7 +139,7 @@ def audited(
     return Audited(claimed, delta, confidence, len(scores), tuple(bounds), epsilon_of_mu(mu, delta))
 
 
-def check_claim(claimed: float, delta: float, confidence: float) -> None:
+def check_claim(claimed: float | None, delta: float, confidence: float) -> None:
     """Refuse a claim that means nothing."""
     positive("audit", claimed=claimed)
     for name, number in (("delta", delta), ("confidence", confidence)):

@@ -19,18 +19,32 @@ _NEEDED = (("tpr_at_1pct_fpr", 0.01, 100), ("tpr_at_01pct_fpr", 0.001, 10_000))
 
 
 @dataclass(frozen=True, slots=True)
+class Known:
+    """Records of which the attacker knows whether they were trained on: half of them were.
+
+    Attributes:
+        inside: Which were. Shape: ``(records,)``, bool.
+    """
+
+    records: Batch = field(repr=False)
+    inside: Tensor = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Candidates:
     """Records in random order, half of them trained on: which half is not here.
 
     ``shadows`` are trained for an attack that asks for them, and None otherwise. The
     ``population`` is such data as nobody trained on. ``client`` is whose records are in question;
-    None if it is all who took part.
+    None if it is all who took part. ``known`` are others of theirs, for an attack that learns on
+    such; None where the game grants none.
     """
 
     candidates: Batch = field(repr=False)
     population: Batch = field(repr=False)
     shadows: Shadows | None = field(default=None, repr=False)
     client: int | None = None
+    known: Known | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -43,10 +57,13 @@ class Membership:
     Args:
         num_candidates: Half members, half not; None for as many as there are.
         client: Whose records the members are, by number; None for all who took part.
+        num_known: How many other records the attacker knows of, half members and half not, drawn
+            from where the candidates are; None for none.
     """
 
     num_candidates: int | None = None
     client: int | None = field(default=None, metadata=ADDED)
+    num_known: int | None = field(default=None, metadata=ADDED)
     family = "membership"
     says = (
         "{who} can tell whether a person's record was used for training better than by chance: "
@@ -56,10 +73,12 @@ class Membership:
     def __post_init__(self) -> None:
         at_least(2, self, num_candidates=self.num_candidates)
         at_least(0, self, client=self.client)
-        if self.num_candidates is not None and self.num_candidates % 2:
-            raise ValueError(
-                f"{self!r} cannot be halved: half are members; give an even num_candidates"
-            )
+        at_least(2, self, num_known=self.num_known)
+        for name, number in (("candidates", self.num_candidates), ("known", self.num_known)):
+            if number is not None and number % 2:
+                raise ValueError(
+                    f"{self!r} cannot be halved: half are members; give an even num_{name}"
+                )
 
     def pose(
         self, task: Task, *, took_part: frozenset[int], cohort: tuple[int, ...], rng: Generator
@@ -71,25 +90,31 @@ class Membership:
                 f"{self!r} asks about a client that never took part, or that attacks: name another"
             )
         members = sum(sizes[c] for c in clients)
-        half = min(members, outsiders) if self.num_candidates is None else self.num_candidates // 2
-        if half < 1 or min(members, outsiders) < half:
+        known, most = (self.num_known or 0) // 2, min(members, outsiders)
+        half = most - known if self.num_candidates is None else self.num_candidates // 2
+        if half < 1 or most < half + known:
             raise ValueError(
-                f"{self!r} needs {max(half, 1)} members and as many others; the clients of "
+                f"{self!r} needs {max(half, 1) + known} members and as many others; the clients of "
                 f"{task.name!r} that took part hold {members} and its test set {outsiders}: "
-                "lower num_candidates"
+                f"lower num_candidates{' or num_known' if known else ''}"
             )
-        inside = torch.randperm(members, generator=rng)[:half]
-        outside = torch.randperm(outsiders, generator=rng)[:half]
+        ins = torch.randperm(members, generator=rng)
+        outs = torch.randperm(outsiders, generator=rng)
         order = torch.randperm(2 * half, generator=rng)
 
-        def mixed(axis: int) -> Tensor:
+        def mixed(axis: int, chosen: slice, order: Tensor) -> Tensor:
             held = torch.cat([task.clients[c][axis] for c in clients])
             there = held.device
-            both = torch.cat([held[inside.to(there)], task.test[axis][outside.to(there)]])
-            return both[order.to(there)]
+            inside, outside = ins[chosen].to(there), outs[chosen].to(there)
+            return torch.cat([held[inside], task.test[axis][outside]])[order.to(there)]
 
-        asked = Candidates((mixed(0), mixed(1)), task.population, client=self.client)
-        return asked, order < half
+        granted = None
+        if known:
+            mix, rest = torch.randperm(2 * known, generator=rng), slice(half, half + known)
+            granted = Known((mixed(0, rest, mix), mixed(1, rest, mix)), mix < known)
+        first = slice(half)
+        asked = mixed(0, first, order), mixed(1, first, order)
+        return Candidates(asked, task.population, None, self.client, granted), order < half
 
     def mark(self, guess: Memberships, truth: Tensor, *, rng: Generator) -> Marked:
         scores = guess.scores.detach().cpu().double()

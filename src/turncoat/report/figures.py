@@ -21,6 +21,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from turncoat.report import words
+from turncoat.report.claims import Audit
 from turncoat.report.cost import Cost
 from turncoat.report.palette import DASHES, LIGHT, MARKERS, STAND_IN, Palette, to_variables
 from turncoat.report.pooled import Square
@@ -343,6 +344,41 @@ def partition(
         )
     height = 1.1 + 0.17 * min(len(classes), 24)
     return Drawing(slug, "Who holds what", describes, draw_map, 4.4, max(2.4, height))
+
+
+def claims(slug: str, found: Sequence[Audit]) -> Drawing:
+    """Draw the epsilon that is claimed, and the one that canaries prove, beside each other."""
+    labels = [f"{_short(a.attack)} · {a.seat} · {_short(a.defence)}" for a in found]
+    most = max([max(a.bound, a.claimed or 0.0, *a.bounds) for a in found])
+
+    def draw(axes: Axes, palette: Palette, legend: bool) -> None:
+        for y, audit in enumerate(found):
+            colour = palette.heat[7] if audit.state == "refuted" else palette.series[0]
+            axes.plot([audit.bound, 1.1 * most], [y, y], color=colour, lw=1.2, alpha=0.35)
+            axes.plot(
+                [audit.bound], [y], color=colour, marker=">", markersize=6, lw=0, clip_on=False,
+                label="proven: this or more" if y == 0 else None,
+            )  # fmt: skip
+            axes.plot(audit.bounds, [y] * len(audit.bounds), color=colour, marker=".", lw=0, ms=3)
+            if audit.claimed is not None:
+                axes.plot(
+                    [audit.claimed] * 2, [y - 0.35, y + 0.35], color=palette.ink, lw=1.8,
+                    label="claimed" if audit is claiming[0] else None,
+                )  # fmt: skip
+        axes.set_yticks(range(len(found)), labels)
+        axes.set(xlabel="ε", xlim=(0, 1.1 * most or 1.0), ylim=(len(found) - 0.5, -0.5))
+        _quiet(axes, grid="x")
+        if legend:
+            _legend(axes)
+
+    claiming = [a for a in found if a.claimed is not None]
+    said = [
+        f"{label}: {'nothing' if a.claimed is None else f'{a.claimed:.3g}'} claimed, "
+        f"{a.bound:.3g} or more proven"
+        for label, a in zip(labels, found, strict=True)
+    ]
+    title = "Claimed ε, and what canaries prove"
+    return Drawing(slug, title, f"{'; '.join(said)}.", draw, 5.2, 0.9 + 0.24 * len(found))
 
 
 def matrix(

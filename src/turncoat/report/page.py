@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from turncoat.report import figures, palette, words
+from turncoat.report.claims import audits
 from turncoat.report.cost import Cost, costs, done, runs
 from turncoat.report.figures import Array, Drawing
 from turncoat.report.gallery import Exhibition, Tensors, exhibition, exhibits
@@ -119,6 +120,7 @@ def _render(
         step=lambda success: round(success * (palette.HEAT_STEPS - 1)),
         gallery=_gallery(record, matrix, shown),
         lost=lost,
+        audits=audits(record, shown),
         panels={name: [_panel(d) for d in group] for name, group in drawn.items()},
         costs=prices,
         rankings=_rankings(record, matrix, prices),
@@ -262,6 +264,9 @@ def _draw(
     names = record.choices
     return {
         "roc": list(_rocs(record, matrix, shown, slug)),
+        "claims": [figures.claims(slug("claims"), found)]
+        if (found := audits(record, shown))
+        else [],
         "accuracy": list(_histories(record, slug)),
         "tradeoff": [
             figures.tradeoff(

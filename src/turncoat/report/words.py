@@ -24,6 +24,8 @@ _METRICS = {
     "mse": "MSE",
     "lpips": "LPIPS",
     "f1": "F1",
+    "epsilon": "ε",
+    "gaussian": "Gaussian",
 }
 _PERCENT = re.compile(r"accuracy|success|rate|tpr|recall|precision|identified")
 _VIEWS = {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from turncoat.coalition import Coalition, check_members, check_worn
 from turncoat.federation import Federation
-from turncoat.messages import Envelope, Summable
+from turncoat.messages import Clear, Envelope, Summable
 from turncoat.metrics.detection import Caught
 from turncoat.randomness import Randomness
 from turncoat.runtimes.pool import Workers, keep_memory
@@ -35,6 +35,7 @@ from turncoat.stage import (
     judges,
     matches,
     streams,
+    wants,
     within,
 )
 from turncoat.task import Task
@@ -216,6 +217,7 @@ class Round:
             else frozenset[int]()
         )
         self.traitors = frozenset(acting & set(self.cohort))
+        self.keeps_last = server is not None and wants(server, "last")
         self.starts = self._broadcast(server)
         # filled only where someone looks: a round that streams holds no message
         self.payloads: dict[int, Any] = {}
@@ -263,7 +265,7 @@ class Round:
         stage = server or self.federation.broadcast
         named, takes_all = asks(code_of(stage))
         known = {"model": self.task.model, "public": self.task.public}
-        tells_apart = takes_all or bool(named & {"rng", "envelope"})
+        tells_apart = takes_all or bool(named & {"rng", "envelope", "last"})
         if not tells_apart:  # one client from another
             return dict.fromkeys(self.cohort, call(stage, self.before, **known))
         return {
@@ -273,6 +275,7 @@ class Round:
                 rng=Later(partial(self.randomness.at, "broadcast", self.round, c)),
                 **known,
                 envelope=Envelope(c, self.cohort, self.round),
+                last=self.memory.get(("last", c), {}).get(""),
             )
             for c in self.cohort
         }
@@ -388,6 +391,8 @@ class Round:
                 f"but gave {message!r}"
             )
         self._remember(role, kept)
+        if self.keeps_last and isinstance(message, Clear):
+            self._remember(("last", client), {"": self.starts[client] + message.delta})
         self.num_sent += 1
         self.bytes_up += getattr(message, "num_bytes", 0)
         return message

@@ -13,6 +13,7 @@ from typing import Any, Union, get_args, get_origin
 import torch
 from torch import Tensor
 
+from turncoat.games.membership import Known
 from turncoat.messages import Clear, Update
 from turncoat.randomness import Randomness
 from turncoat.stages.aggregate.mean import Mean
@@ -74,6 +75,7 @@ def example_question(task: Task) -> dict[str, Any]:
         "candidates": (inputs, labels),
         "shadows": Shadows(models, inside),
         "client": None,
+        "known": Known(task.population, torch.arange(len(task.population[1])) % 2 == 0),
     }
 
 

@@ -50,7 +50,7 @@ class GlobalAttacker:
     rounds: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        _check(self, self.features, self.rounds)
+        check_read(self, self.features, self.rounds)
 
     def __call__(
         self,
@@ -70,7 +70,7 @@ class GlobalAttacker:
             ]
             return torch.stack(found).amax(dim=0) if found else None
 
-        return _averaged(self, [most(v) for v in view if _counts(self.rounds, v.round)])
+        return averaged(self, [most(v) for v in view if counts(self.rounds, v.round)])
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class LocalAttacker:
     rounds: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        _check(self, self.features, self.rounds)
+        check_read(self, self.features, self.rounds)
 
     def __call__(
         self, view: Sequence[AggregateView[Update]], *, candidates: Batch, population: Batch
@@ -128,7 +128,7 @@ class Colluders:
     rest: float | None = None
 
     def __post_init__(self) -> None:
-        _check(self, self.features, self.rounds)
+        check_read(self, self.features, self.rounds)
         if self.rest is not None:
             positive(self, rest=self.rest)
 
@@ -163,6 +163,22 @@ def residue(step: Tensor, own: Sequence[Update], rest: float | None = None) -> T
     return (left / theirs).to(step)
 
 
+def moved_by(
+    view: ServerView[Update] | AggregateView[Update], client: int | None
+) -> Iterator[Moved]:
+    """Yield by what a client moved its state in a round, or all did: nothing if it was not there.
+
+    Where single updates are not seen, or no client is named, it is the step of all.
+    """
+    if isinstance(view, AggregateView):
+        yield view.round, view.before, view.after - view.before
+    elif client is None:
+        yield view.round, torch.stack(view.sent).mean(dim=0), Update.total(view.messages).delta
+    elif client in view.senders:
+        i = view.senders.index(client)
+        yield view.round, view.sent[i], view.messages[i].delta
+
+
 def suspicion(
     model: Model,
     before: Tensor,
@@ -178,14 +194,14 @@ def suspicion(
     """
     total = torch.zeros(len(candidates[1]), dtype=torch.float64, device=delta.device)
     for feature in features:
-        theirs = _evidence(model, before, delta, population, feature)
+        theirs = evidence(model, before, delta, population, feature)
         centre, scale = theirs.mean(dim=1), theirs.std(dim=1).clamp(min=1e-12)
-        ours = _evidence(model, before, delta, candidates, feature)
+        ours = evidence(model, before, delta, candidates, feature)
         total += ((ours - centre[:, None]) / scale[:, None]).mean(dim=0)
     return total / len(features)
 
 
-def _evidence(model: Model, before: Tensor, delta: Tensor, data: Batch, feature: Feature) -> Tensor:
+def evidence(model: Model, before: Tensor, delta: Tensor, data: Batch, feature: Feature) -> Tensor:
     """Return one feature of each record, layer by layer. Shape: ``(layers, records)``, float64."""
     if feature == "confidence":
         here, there = (ModelView(model, params) for params in (before, before + delta))
@@ -193,7 +209,7 @@ def _evidence(model: Model, before: Tensor, delta: Tensor, data: Batch, feature:
     at = before if feature == "alignment" else before + delta
     slots = [slice(s.start, s.stop) for s in model.layout.slots if s.trainable]
     parts = []
-    for some in _gradients(model, at, data):
+    for some in gradients(model, at, data):
         sizes = torch.stack([some[:, s].norm(dim=1) for s in slots]).double()
         if feature == "gradient-norm":
             parts.append(-sizes.clamp(min=1e-30).log())
@@ -204,7 +220,7 @@ def _evidence(model: Model, before: Tensor, delta: Tensor, data: Batch, feature:
     return torch.cat(parts, dim=1)
 
 
-def _gradients(model: Model, params: Tensor, data: Batch) -> Iterator[Tensor]:
+def gradients(model: Model, params: Tensor, data: Batch) -> Iterator[Tensor]:
     """Yield the gradients of some records' own losses, in evaluation mode, a row each."""
 
     def loss(params: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -222,17 +238,17 @@ def _read(
     candidates: Batch,
     population: Batch,
 ) -> Memberships:
-    return _averaged(
+    return averaged(
         attack,
         [
             suspicion(model, before, delta, candidates, population, attack.features)
             for t, before, delta in moved
-            if _counts(attack.rounds, t)
+            if counts(attack.rounds, t)
         ],
     )
 
 
-def _averaged(attack: object, found: Sequence[Tensor | None]) -> Memberships:
+def averaged(attack: object, found: Sequence[Tensor | None]) -> Memberships:
     known = [scores for scores in found if scores is not None]
     if not known:
         raise ValueError(
@@ -242,11 +258,13 @@ def _averaged(attack: object, found: Sequence[Tensor | None]) -> Memberships:
     return Memberships(torch.stack(known).mean(dim=0))
 
 
-def _counts(rounds: tuple[int, ...] | None, t: int) -> bool:
+def counts(rounds: tuple[int, ...] | None, t: int) -> bool:
     return rounds is None or t in rounds
 
 
-def _check(attack: object, features: tuple[Feature, ...], rounds: tuple[int, ...] | None) -> None:
+def check_read(
+    attack: object, features: tuple[Feature, ...], rounds: tuple[int, ...] | None
+) -> None:
     name = type(attack).__name__
     if not features or len(set(features)) < len(features):
         raise ValueError(f"{name}: features must name one or more of {', '.join(ALL)}, each once")

@@ -22,7 +22,7 @@ from turncoat.audit import shown_score
 from turncoat.coalition import Coalition
 from turncoat.config import ConfigError, load
 from turncoat.federation import Federation
-from turncoat.plan import Audit
+from turncoat.plan import Audit, aimed
 from turncoat.runtimes.flower import node
 from turncoat.runtimes.flower.engines import hush
 from turncoat.runtimes.flower.nodes import Nodes, Patience
@@ -30,7 +30,7 @@ from turncoat.runtimes.saved import State, write_state
 from turncoat.runtimes.seat import Seats
 from turncoat.runtimes.simulate import Played, one_thread, simulate
 from turncoat.stage import Broadcast, Plan
-from turncoat.trial import Sabotage
+from turncoat.trial import Sabotage, Trial
 from turncoat.validate import nearest
 
 RUN_CONFIG: dict[str, Any] = {
@@ -79,7 +79,10 @@ class Chosen:
 
     @property
     def _trial(self) -> Any:
-        return self.audit.entries[self.attack].trial
+        trial = self.audit.entries[self.attack].trial
+        if isinstance(trial, Trial):
+            return aimed(self.audit, self.federation, trial, self.seed)
+        return trial
 
 
 def server_app(file: Path) -> ServerApp:
