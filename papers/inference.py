@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from papers.acted import ACTIVE
 from papers.attributes import ATTRIBUTES
 from papers.ledger import main
 from papers.members import MEMBERS
@@ -11,7 +12,7 @@ from papers.noised import NOISED
 from papers.released import RELEASED
 from papers.sabotaged import SABOTAGED
 
-EXPERIMENTS = (*MEMBERS, *ATTRIBUTES, *NOISED, *SABOTAGED, *RELEASED)
+EXPERIMENTS = (*MEMBERS, *ATTRIBUTES, *NOISED, *SABOTAGED, *RELEASED, *ACTIVE)
 
 
 if __name__ == "__main__":
