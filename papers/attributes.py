@@ -170,7 +170,8 @@ ATTRIBUTES = (
         "the attacker's own. Each begins anew, but where it says same start. The loss test counts "
         "losses from those of 100 own models. As its paper has it, it is not calibrated: it then "
         "says of every suspect that most were women, whose incomes are easier to tell, so that "
-        "half are right whatever the model says. Recipe and regression were chosen on seeds 0 to 2.",
+        "half are right whatever the model says. The recipe and the regression were chosen on "
+        "seeds 0 to 2.",
         "Meta-classifier at least 0.9, loss test at least 0.75 at 0.3 against 0.7, 0.5 at 0.5 "
         "against 0.5: our acceptance, after Suri and Evans (PoPETs 2022); no published figure was "
         "read.",
