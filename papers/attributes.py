@@ -134,8 +134,8 @@ ATTRIBUTES = (
         ),
         "920 patients of four hospitals as one client; 400 to train, 260 each to test and for the "
         "attacker. 260 members and as many others are asked about. A figure of a seed is the mean "
-        "over eight random splits: one of so few people says little. The two attacks that something "
-        "is expected of; all are in attributes-adult.",
+        "over eight random splits: one of so few people says little. The two attacks that "
+        "something is expected of; all are in attributes-adult.",
         _EXPECTED_OF,
         _EXPECTED,
     ),
