@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from papers.inferred import (
@@ -12,6 +13,7 @@ from papers.inferred import (
     adult,
 )
 from papers.ledger import Expectation, Experiment
+from papers.repeated import Repeated
 from turncoat.attacks.attribute.queries import (
     CSMIA,
     LOMIA,
@@ -19,10 +21,12 @@ from turncoat.attacks.attribute.queries import (
 )
 from turncoat.attacks.attribute.white_box import GradientNorm, NeuronOutput
 from turncoat.attacks.property.losses import LossTest, ThresholdTest
+from turncoat.attacks.property.queries import QueryClassifier
 from turncoat.attacks.property.updates import UpdateClassifier
 from turncoat.attacks.property.weights import MetaClassifier
 from turncoat.games.properties import PropertyInference
 from turncoat.stages.train.local import LocalSGD
+from turncoat.stages.train.local_noise import LocalNoise
 from turncoat.tasks.fetched import heart_disease
 from turncoat.tasks.models import MLP
 from turncoat.tasks.partitions import IID
@@ -36,6 +40,7 @@ _ATTACKS = {
     "gradient norm and imputation": GradientNorm(),
     "neuron output": NeuronOutput(),
 }
+_TOLD = {name: _ATTACKS[name] for name in ("Yeom and imputation", "CSMIA")}
 _NOT_FOR = ((_TREE, "gradient norm and imputation"), (_TREE, "neuron output"))
 _EXPECTED = (
     Expectation(f"of that, about members only: CSMIA | {_TREE}", above=0),
@@ -65,18 +70,22 @@ def _models(num_records: int) -> dict[str, tuple[Any, Any, int]]:
 
 
 _FAR, _SAME = "0.3 against 0.7", "0.5 against 0.5"
+_BEGUN = f"{_FAR}, same start"
 _WOMEN = 39  # the column "Female" of Adult without fnlwgt and education
 _ALL = {"drop": ("fnlwgt", "education"), "train_size": 22_000, "public_size": 22_000}
 _SHORT = LocalSGD(0.2, num_epochs=1, batch_size=64)
+_COARSE = LocalSGD(0.5, num_epochs=1, batch_size=128)
+_SHORTER = LocalSGD(0.2, num_epochs=1, batch_size=256)
 
 
-def _games(num_suspects: int) -> dict[str, PropertyInference]:
-    asked: dict[str, Any] = {"column": _WOMEN, "num_suspects": num_suspects, "num_records": 4_000}
-    return {
-        _FAR: PropertyInference((0.3, 0.7), **asked),
-        f"{_FAR}, same start": PropertyInference((0.3, 0.7), **asked, same_start=True),
-        _SAME: PropertyInference((0.5, 0.5), **asked | {"num_suspects": 100}),
-    }
+def _game(num_suspects: int, num_records: int = 4_000, same_start: bool = False) -> Any:
+    return PropertyInference(
+        (0.3, 0.7),
+        column=_WOMEN,
+        num_suspects=num_suspects,
+        num_records=num_records,
+        same_start=same_start,
+    )
 
 
 ATTRIBUTES = (
@@ -108,87 +117,141 @@ ATTRIBUTES = (
         "attributes-heart-disease",
         "A memorising tree tells the kind of chest pain of patients it was grown from, beyond "
         "imputation; a logistic regression does not.",
-        AttributesBesideImputation(
-            heart_disease,
-            2,
-            _models(400),
-            _ATTACKS,
-            _NOT_FOR,
-            {
-                "num_clients": 1,
-                "partition": IID(),
-                "train_size": 400,
-                "public_size": 260,
-                "test_size": 260,
-            },
+        Repeated(
+            AttributesBesideImputation(
+                heart_disease,
+                2,
+                _models(400),
+                _TOLD,
+                options={
+                    "num_clients": 1,
+                    "partition": IID(),
+                    "train_size": 400,
+                    "public_size": 260,
+                    "test_size": 260,
+                },
+            ),
+            8,
         ),
         "920 patients of four hospitals as one client; 400 to train, 260 each to test and for the "
-        "attacker. 260 members and as many others are asked about.",
+        "attacker. 260 members and as many others are asked about. A figure of a seed is the mean "
+        "over eight random splits: one of so few people says little. The two attacks that "
+        "something is expected of; all are in attributes-adult.",
         _EXPECTED_OF,
         _EXPECTED,
     ),
     Experiment(
         "property-linear",
-        "The parameters of a logistic regression tell whether 30 % or 70 % of its training records "
-        "were women; where both kinds have 50 %, nothing does.",
+        "A logistic regression tells whether 30 % or 70 % of its training records were women, by "
+        "its parameters and by its answers; where both kinds have 50 %, nothing does.",
         SharesToldApart(
             adult,
             _SHORT,
             5,
-            _games(40),
             {
-                "loss test": (LossTest(), (_FAR, _SAME)),
+                _FAR: _game(40),
+                _BEGUN: _game(40, same_start=True),
+                _SAME: replace(_game(160), shares=(0.5, 0.5)),
+            },
+            {
+                "loss test": (LossTest(100), (_FAR, _SAME)),
+                "loss test, not calibrated": (LossTest(), (_FAR,)),
                 "threshold test": (ThresholdTest(100), (_FAR, _SAME)),
+                "query classifier, 100 shadows": (QueryClassifier(100), (_FAR, _SAME)),
                 "meta-classifier": (MetaClassifier(200), (_FAR,)),
                 "meta-classifier, 100 shadows": (MetaClassifier(100), (_FAR, _SAME)),
-                "updates, 80 shadows": (UpdateClassifier(80), (f"{_FAR}, same start",)),
-                "meta-classifier, 80 shadows": (MetaClassifier(80), (f"{_FAR}, same start",)),
+                "updates, 80 shadows": (UpdateClassifier(80), (_BEGUN,)),
+                "meta-classifier, 80 shadows": (MetaClassifier(80), (_BEGUN,)),
             },
             _ALL | {"num_clients": 2, "test_size": 2_000, "model": MLP(())},
         ),
-        "Adult, two clients, 5 rounds of one epoch, 4,000 records each. 40 suspects "
-        "a seed from the private records (100 where the shares are equal), 200 shadow federations "
-        "from the attacker's own. Each begins anew, but where it says same start.",
+        "Adult, two clients, 5 rounds of one epoch, 4,000 records each. 40 suspects a seed from "
+        "the private records (160 where the shares are equal), 80 to 200 shadow federations from "
+        "the attacker's own. Each begins anew, but where it says same start. The loss test counts "
+        "losses from those of 100 own models. As its paper has it, it is not calibrated: it then "
+        "says of every suspect that most were women, whose incomes are easier to tell, so that "
+        "half are right whatever the model says. The regression was chosen on seeds 0 to 2; SGD at "
+        "0.2 in batches of 64 is that of the first figures published here. With half as many steps "
+        "(0.5, batches of 128) the meta-classifier had been run on these very seeds, too: 0.940, "
+        "0.859 to 1.021.",
         "Meta-classifier at least 0.9, loss test at least 0.75 at 0.3 against 0.7, 0.5 at 0.5 "
         "against 0.5: our acceptance, after Suri and Evans (PoPETs 2022); no published figure was "
         "read.",
         (
             Expectation(f"accuracy: meta-classifier | {_FAR}", at_least=0.9),
+            Expectation(f"accuracy: query classifier, 100 shadows | {_FAR}", at_least=0.9),
             Expectation(f"accuracy: threshold test | {_FAR}", at_least=0.75),
             Expectation(f"accuracy: loss test | {_FAR}", at_least=0.75),
             Expectation(
                 f"accuracy: meta-classifier, 100 shadows | {_SAME}", at_least=0.4, at_most=0.6
             ),
+            Expectation(
+                f"accuracy: query classifier, 100 shadows | {_SAME}", at_least=0.4, at_most=0.6
+            ),
             Expectation(f"accuracy: threshold test | {_SAME}", at_least=0.4, at_most=0.6),
-            Expectation(f"accuracy: updates, 80 shadows | {_FAR}, same start", at_least=0.9),
+            Expectation(f"accuracy: updates, 80 shadows | {_BEGUN}", at_least=0.9),
         ),
     ),
     Experiment(
         "property-net",
-        "The parameters of a net with a hidden layer tell the same, if they are read so that the "
-        "order of its neurons does not matter.",
+        "A net with a hidden layer tells the same, by its answers; by its parameters where they "
+        "can be compared, as when all begin alike.",
         SharesToldApart(
             adult,
-            _SHORT,
+            _SHORTER,
             5,
-            {_FAR: _games(40)[_FAR]},
+            {_FAR: _game(60, 8_000), _BEGUN: _game(40, 8_000, same_start=True)},
             {
-                "loss test": (LossTest(), (_FAR,)),
+                "loss test": (LossTest(200), (_FAR,)),
+                "loss test, not calibrated": (LossTest(), (_FAR,)),
                 "threshold test": (ThresholdTest(200), (_FAR,)),
-                "meta-classifier, sets": (MetaClassifier(200), (_FAR,)),
-                "meta-classifier, paths": (MetaClassifier(200, "paths"), (_FAR,)),
-                "meta-classifier, sorted": (MetaClassifier(200, "sorted"), (_FAR,)),
-                "meta-classifier, flat": (MetaClassifier(200, "flat"), (_FAR,)),
+                "query classifier": (QueryClassifier(200), (_FAR,)),
+                "meta-classifier, sets": (MetaClassifier(400), (_FAR,)),
+                "meta-classifier, paths": (MetaClassifier(400, "paths"), (_FAR,)),
+                "meta-classifier, sorted": (MetaClassifier(400, "sorted"), (_FAR,)),
+                "meta-classifier, flat": (MetaClassifier(400, "flat"), (_FAR,)),
+                "meta-classifier, flat, 80 shadows": (MetaClassifier(80, "flat"), (_BEGUN,)),
             },
             _ALL | {"num_clients": 2, "test_size": 2_000, "model": MLP((16,))},
         ),
-        "As property-linear, with a hidden layer of 16 neurons.",
+        "As property-linear, with a hidden layer of 16 neurons, 8,000 records each, batches of "
+        "256 at 0.2, 60 suspects a seed; 400 shadow federations for what reads parameters, 200 for "
+        "answers and losses. The recipe and the regression were chosen on seeds 0 to 2.",
         "Meta-classifier at least 0.9 at 0.3 against 0.7: our acceptance, after Ganju et al. (CCS "
-        "2018), who have about a thousand shadow models; no published figure was read.",
+        "2018), who have about a thousand shadow models, and Zhang et al. (USENIX Security 2021), "
+        "who read answers; no published figure was read.",
         (
+            Expectation(f"accuracy: query classifier | {_FAR}", at_least=0.9),
             Expectation(f"accuracy: meta-classifier, sets | {_FAR}", at_least=0.9),
             Expectation(f"accuracy: meta-classifier, paths | {_FAR}", at_least=0.9),
+            Expectation(f"accuracy: meta-classifier, flat, 80 shadows | {_BEGUN}", at_least=0.9),
             Expectation(f"accuracy: threshold test | {_FAR}", at_least=0.75),
+        ),
+    ),
+    Experiment(
+        "property-noised",
+        "Noise by the clients hides the share, and costs the model accuracy.",
+        SharesToldApart(
+            adult,
+            LocalNoise(10.0, 0.06, _COARSE),
+            5,
+            {_FAR: _game(40)},
+            {
+                "threshold test": (ThresholdTest(40), (_FAR,)),
+                "query classifier, 40 shadows": (QueryClassifier(40), (_FAR,)),
+                "meta-classifier, 40 shadows": (MetaClassifier(40), (_FAR,)),
+            },
+            _ALL | {"num_clients": 2, "test_size": 2_000, "model": MLP(())},
+        ),
+        "As property-linear; each client adds noise of a standard deviation of 0.6 to every weight "
+        "it sends in every round, and so do the attacker's own. As client-level privacy that is no "
+        "ε worth the name. 75 % of the test records are of one class.",
+        "The bounds are ours: 0.2 below what is asked for without noise. No published figure was "
+        "read.",
+        (
+            Expectation(f"accuracy: query classifier, 40 shadows | {_FAR}", at_most=0.7),
+            Expectation(f"accuracy: meta-classifier, 40 shadows | {_FAR}", at_most=0.7),
+            Expectation(f"accuracy: threshold test | {_FAR}", at_most=0.7),
         ),
     ),
 )

@@ -116,6 +116,7 @@ from turncoat.attacks.poisoning.sign_flip import SignFlip
 from turncoat.attacks.poisoning.strongest import Strongest
 from turncoat.attacks.poisoning.tailored import Tailored
 from turncoat.attacks.property.losses import LossTest, ThresholdTest
+from turncoat.attacks.property.queries import QueryClassifier
 from turncoat.attacks.property.updates import AggregateClassifier, UpdateClassifier
 from turncoat.attacks.property.weights import MetaClassifier
 from turncoat.auditing.canaries import Placed
@@ -304,6 +305,7 @@ def about_suspects(part: Any, need: Any, *refused: dict[str, Any]) -> Row:
     shadows = Worlds(tuple(seen() for _ in range(4)), torch.tensor([False, True] * 2))
     halves = [tuple(part[i::2] for part in task.population) for i in (0, 1)]
     more = {"view": Suspects((seen(), seen())), "shadows": shadows, "client": 0, "samples": halves}
+    more["population"] = task.population
     return Row(part, refused, more=more)
 
 
@@ -416,8 +418,11 @@ ATTACKS = {
     "trajectory": cited(Trajectory(), {"first": -1}),
     "gradient-norm": about_people(GradientNorm(), {"prior": "flat"}),
     "neuron-output": about_people(NeuronOutput(2), {"num_neurons": 0}),
-    "loss-test": about_suspects(LossTest(), ModelView),
+    "loss-test": about_suspects(LossTest(4), ModelView, {"num_shadows": 1}),
     "threshold-test": about_suspects(ThresholdTest(4), ModelView, {"num_shadows": 1}),
+    "query-classifier": about_suspects(
+        QueryClassifier(4, 3), ModelView, {"num_shadows": 1}, {"num_queries": 0}
+    ),
     "meta-classifier": about_suspects(
         MetaClassifier(4, num_steps=2), ModelView, {"order": "random"}, {"width": 0}
     ),

@@ -1,8 +1,9 @@
 """Property inference: federations are told apart by the share of a group in their data.
 
 Kinds: theorem (the draws have their shares, and nothing else differs; the order of neurons does not
-matter), oracle (a threshold by hand, the path products of a net), baseline (equal shares: chance),
-sabotage (noise in training; swapped kinds), contract (bad shares, too few records, wrong games).
+matter), oracle (a threshold and an excess of losses by hand, the path products of a net), baseline
+(equal shares: chance), sabotage (noise in training; answers withheld; swapped kinds), contract (bad
+shares, too few records, wrong games).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from turncoat.attacks.property.losses import LossTest, ThresholdTest
+from turncoat.attacks.property.queries import QueryClassifier
 from turncoat.attacks.property.updates import AggregateClassifier, UpdateClassifier
 from turncoat.attacks.property.weights import MetaClassifier, in_order, layers_of, paths
 from turncoat.audit import Audit, Entry, run_audit
@@ -30,10 +32,11 @@ from turncoat.stage import call
 from turncoat.stages.aggregate.dp_fedavg import DPFedAvg
 from turncoat.stages.aggregate.mean import Mean
 from turncoat.stages.channel.secure_aggregation import SecureAggregation
+from turncoat.stages.release.queries import Queries
 from turncoat.stages.train.local import LocalSGD
 from turncoat.task import Batch, Model, Shards, Task
 from turncoat.tasks.models import MLP, Built, ConvNet
-from turncoat.trial import Blocked, Cell, Leanings, Scored, Trial, UnknownQuestion
+from turncoat.trial import Blocked, Cell, Failed, Leanings, Scored, Trial, UnknownQuestion
 from turncoat.views import ModelView, Seat, Suspects, Worlds
 
 RANDOM = Randomness(3)
@@ -59,8 +62,8 @@ def people(hidden: tuple[int, ...] = ()) -> Task:
     return Task("people", model, clients, drawn("test", 100), public=drawn("public", 480))
 
 
-def federation(channel: Any = None, aggregate: Any = None) -> Federation[Any, Any]:
-    return Federation(train=SGD, channel=channel or Plain(), aggregate=aggregate or Mean())
+def federation(channel: Any = None, aggregate: Any = None, **more: Any) -> Federation[Any, Any]:
+    return Federation(train=SGD, channel=channel or Plain(), aggregate=aggregate or Mean(), **more)
 
 
 def audit_of(
@@ -84,7 +87,13 @@ def accuracy(cell: Cell) -> Any:
     return cell.marked.headline
 
 
-MODELS = {"threshold": ThresholdTest(12), "loss": LossTest(), "parameters": MetaClassifier(12)}
+MODELS = {
+    "threshold": ThresholdTest(12),
+    "loss": LossTest(),
+    "calibrated": LossTest(12),
+    "answers": QueryClassifier(12),
+    "parameters": MetaClassifier(12),
+}
 ROUNDS = {"updates": UpdateClassifier(12), "aggregates": AggregateClassifier(12)}
 
 
@@ -99,13 +108,34 @@ def test_nothing_tells_equal_shares_apart(tmp_path: Path) -> None:
         assert accuracy(cell).low < 0.5 < accuracy(cell).high, name
 
 
-def test_noise_in_training_takes_a_meta_classifier_towards_chance(tmp_path: Path) -> None:
-    attack = {"parameters": MetaClassifier(12)}
+def test_noise_in_training_takes_classifiers_towards_chance(tmp_path: Path) -> None:
+    attacks = {"parameters": MetaClassifier(12), "answers": QueryClassifier(12)}
     noisy = DPFedAvg(max_norm=0.1, noise_multiplier=20.0, expected_cohort=4)
-    without = accuracy(cells_of(tmp_path / "without", attack)["parameters"])
-    private = accuracy(cells_of(tmp_path / "private", attack, aggregate=noisy)["parameters"])
-    assert without.low > 0.5 and private.low < 0.5
-    assert private.value < without.value - 0.2
+    plain = cells_of(tmp_path / "plain", attacks)
+    noised = cells_of(tmp_path / "noised", attacks, aggregate=noisy)
+    for name in attacks:
+        without, private = accuracy(plain[name]), accuracy(noised[name])
+        assert without.low > 0.5 and private.low < 0.5
+        assert private.value < without.value - 0.2
+
+
+def test_answers_tell_a_net_whose_parameters_do_not(tmp_path: Path) -> None:
+    attacks = {"answers": QueryClassifier(24), "in order": MetaClassifier(24, "flat")}
+    found = cells_of(tmp_path, attacks, hidden=(6,))
+    assert accuracy(found["answers"]).low > 0.5
+    assert accuracy(found["answers"]).value > accuracy(found["in order"]).value
+
+
+@pytest.mark.parametrize(("budget", "enough"), [(40, True), (39, False)])
+def test_whoever_may_only_ask_can_mount_it_if_they_may_ask_enough(
+    tmp_path: Path, budget: int, enough: bool
+) -> None:
+    few = replace(GAME, num_suspects=8)
+    attacks = {"answers": QueryClassifier(8, 40), "parameters": MetaClassifier(8)}
+    release = Queries(budget=budget)
+    found = cells_of(tmp_path, attacks, few, seat=Seat.USER, release=release)
+    assert isinstance(found["parameters"], Blocked)
+    assert isinstance(found["answers"], Scored if enough else Failed)
 
 
 def test_masked_updates_block_the_server_and_the_sum_still_tells(tmp_path: Path) -> None:
@@ -123,7 +153,12 @@ def test_one_client_is_told_by_its_own_updates(tmp_path: Path) -> None:
 
 
 def test_attacks_on_one_game_share_its_federations() -> None:
-    attacks = {"few": MetaClassifier(4), "many": ThresholdTest(6), "none": LossTest()}
+    attacks = {
+        "few": MetaClassifier(4),
+        "many": ThresholdTest(6),
+        "none": LossTest(),
+        "as few": LossTest(4),
+    }
     planned = plan(audit_of(attacks))
     assert sum(t.shadow is not None for t in planned.trainings.values()) == 16 + 6
 
@@ -211,6 +246,19 @@ def test_a_meta_classifier_is_blind_to_the_order_of_neurons(
     assert score(other) == pytest.approx(score(params[0]), abs=1e-3)
 
 
+def test_answers_are_blind_to_the_order_of_neurons() -> None:
+    model = Model(Built(MLP((5, 4)), (3,), 2))
+    params = [model.initial(RANDOM.at("start", i)) for i in range(9)]
+    views = tuple(ModelView(model, p) for p in params)
+    suspects = Suspects((views[0], ModelView(model, shuffled(model, params[0]))))
+    population = torch.randn(30, 3, generator=RANDOM.at("asked")), torch.zeros(30).long()
+    shadows: Any = Worlds(views[1:], torch.arange(8) % 2 == 0)
+    first, second = QueryClassifier(8, 20)(
+        suspects, population=population, shadows=shadows, rng=RANDOM.at("attack")
+    ).scores
+    assert float(first) == pytest.approx(float(second), abs=1e-4)
+
+
 def test_paths_are_the_product_of_the_layers() -> None:
     model = Model(Built(MLP((5,)), (3,), 2))
     params = model.initial(RANDOM.at("start"))
@@ -247,7 +295,19 @@ SAMPLES = tuple((torch.full((3, 1), float(k)), torch.zeros(3, dtype=torch.long))
 def test_the_loss_test_takes_the_kind_of_lower_loss() -> None:
     view: Any = Suspects(answers([(0.2, 0.5), (0.6, 0.5)]))
     samples: Any = SAMPLES
-    assert LossTest()(view, samples=samples).scores.tolist() == pytest.approx([-0.3, 0.1])
+    scores = LossTest()(view, samples=samples, shadows=None).scores
+    assert scores.tolist() == pytest.approx([-0.3, 0.1])
+
+
+def test_losses_are_counted_from_those_of_own_models_of_that_kind() -> None:
+    """Own models of the first kind have 0.8 on it, those of the second 0.2 on that."""
+    known = [(0.7, 0.3), (0.9, 0.3), (0.9, 0.1), (0.9, 0.3)]
+    shadows: Any = Worlds(answers(known), torch.tensor([False, False, True, True]))
+    view: Any = Suspects(answers([(0.8, 0.3), (1.0, 0.25)]))
+    samples: Any = SAMPLES
+    scores = LossTest(4)(view, samples=samples, shadows=shadows).scores
+    assert scores.tolist() == pytest.approx([-0.1, 0.15])
+    assert (LossTest()(view, samples=samples, shadows=None).scores > 0).all()
 
 
 def test_a_threshold_is_learned_where_one_kind_is_always_easier() -> None:
@@ -257,7 +317,7 @@ def test_a_threshold_is_learned_where_one_kind_is_always_easier() -> None:
     samples: Any = SAMPLES
     scores = ThresholdTest(4)(view, samples=samples, shadows=shadows).scores
     assert scores.tolist() == pytest.approx([-0.2, 0.2])
-    assert (LossTest()(view, samples=samples).scores > 0).all()
+    assert (LossTest()(view, samples=samples, shadows=None).scores > 0).all()
 
 
 def test_scores_are_marked_by_their_sign() -> None:
@@ -297,3 +357,5 @@ def test_what_cannot_be_asked_is_refused() -> None:
         Trial[Any](LossTest(), GAME, server=Same())
     with pytest.raises(ValueError, match="have the audit play them"):
         MetaClassifier()(Suspects(()), shadows=None, rng=RANDOM.at("x"))
+    with pytest.raises(ValueError, match="have the audit play them"):
+        LossTest(4)(Suspects(answers([(0.1, 0.2)])), samples=SAMPLES, shadows=None)  # type: ignore[arg-type]

@@ -52,6 +52,7 @@ PARTS: dict[str, dict[str, str]] = {
         "neuron-output": f"{_ATTACKS}.attribute.white_box:NeuronOutput",
         "loss-test": f"{_ATTACKS}.property.losses:LossTest",
         "threshold-test": f"{_ATTACKS}.property.losses:ThresholdTest",
+        "query-classifier": f"{_ATTACKS}.property.queries:QueryClassifier",
         "meta-classifier": f"{_ATTACKS}.property.weights:MetaClassifier",
         "update-classifier": f"{_ATTACKS}.property.updates:UpdateClassifier",
         "aggregate-classifier": f"{_ATTACKS}.property.updates:AggregateClassifier",

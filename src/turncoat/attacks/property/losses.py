@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from turncoat.describe import ADDED
 from turncoat.task import Batch
 from turncoat.trial import Leanings
 from turncoat.validate import at_least
@@ -15,7 +16,7 @@ from turncoat.views import ModelView, QueryView, Suspects, Worlds
 
 V = TypeVar("V")
 
-_LEAST = -20.0  # of a log-probability, so that one record is not all
+LEAST = -20.0  # of a log-probability, so that one record is not all
 
 
 @dataclass(frozen=True)
@@ -23,18 +24,37 @@ class LossTest:
     """A model was trained on the kind of data on which its loss is lower [1]_.
 
     It needs records of either kind, and no model of its own. Where one kind is easier to learn than
-    the other, all suspects seem to be of that kind.
+    the other, all suspects seem to be of that kind. With ``num_shadows``, the loss on a kind is
+    counted from the mean loss on it of own models of that kind: the lower excess says the kind.
 
-    Differs from the paper: by the loss, where the paper has the accuracy.
+    Differs from the paper: by the loss, where the paper has the accuracy; the paper counts from 0.
+
+    Args:
+        num_shadows: Federations to play, half on either kind of data; with 0, losses are not
+            calibrated.
 
     .. [1] Suri and Evans, PoPETs 2022(4). https://arxiv.org/abs/2109.06024
     """
 
+    num_shadows: int = field(default=0, metadata=ADDED)
+
+    def __post_init__(self) -> None:
+        if self.num_shadows:
+            at_least(2, self, num_shadows=self.num_shadows)
+
     def __call__(
-        self, view: Suspects[ModelView | QueryView], *, samples: tuple[Batch, Batch]
+        self,
+        view: Suspects[ModelView | QueryView],
+        *,
+        samples: tuple[Batch, Batch],
+        shadows: Worlds[ModelView | QueryView] | None,
     ) -> Leanings:
-        first, second = losses(view.views, samples).unbind(dim=1)
-        return Leanings(first - second)
+        found = losses(view.views, samples)
+        if self.num_shadows:
+            known = of_either(self, shadows)
+            own, second = losses(known.views, samples), known.second.cpu()
+            found = found - torch.stack([own[~second, 0].mean(), own[second, 1].mean()])
+        return Leanings(found[:, 0] - found[:, 1])
 
 
 @dataclass(frozen=True)
@@ -83,7 +103,7 @@ def losses(views: tuple[ModelView | QueryView, ...], samples: tuple[Batch, Batch
                 f"losses are of classes, one a record; these labels have the shape "
                 f"{tuple(labels.shape)}: use a task with classes"
             )
-        said = view.scores(inputs).double().gather(1, labels[:, None]).clamp(min=_LEAST)
+        said = view.scores(inputs).double().gather(1, labels[:, None]).clamp(min=LEAST)
         return -said.mean().cpu()
 
     return torch.stack([torch.stack([loss(v, data) for data in samples]) for v in views])

@@ -18,6 +18,7 @@ from turncoat.validate import at_least, one_of
 from turncoat.views import ModelView, Suspects, Worlds
 
 Order = Literal["sets", "paths", "sorted", "flat"]
+_STRENGTH = 10.0  # C of logistic regression, if rows were of length 1
 _MOST = 1_000_000  # numbers of one model, before its paths are taken for too many
 Layer = tuple[
     Tensor, Tensor
@@ -134,7 +135,7 @@ def regressed(known: Tensor, second: Tensor, asked: Tensor) -> Tensor:
     known, asked = known.double().flatten(1), asked.double().flatten(1)
     centre, scale = known.mean(dim=0), known.std(dim=0)
     scale[scale < 1e-12] = torch.inf  # says nothing
-    model = LogisticRegression(C=1 / known.shape[1], max_iter=1_000)
+    model = LogisticRegression(C=_STRENGTH / known.shape[1], max_iter=1_000)
     model.fit(((known - centre) / scale).numpy(), second.numpy())
     return torch.from_numpy(model.decision_function(((asked - centre) / scale).numpy()))
 
