@@ -78,6 +78,7 @@ SHADOWED = (
             cifar10,
             LocalSGD(0.1, num_epochs=5, batch_size=20, momentum=0.8),
             num_rounds=4,
+            num_targets=16,
             options={
                 "num_clients": 2,
                 "train_size": 1000,
@@ -97,6 +98,7 @@ SHADOWED = (
             mnist,
             LocalSGD(0.2, num_epochs=2, batch_size=100, momentum=0.8),
             num_rounds=4,
+            num_targets=4,
             options={
                 "num_clients": 2,
                 "train_size": 10_000,
@@ -116,6 +118,7 @@ SHADOWED = (
             adult,
             LocalSGD(0.1, num_epochs=8, batch_size=20, momentum=0.9),
             num_rounds=4,
+            num_targets=16,
             options={
                 "num_clients": 2,
                 "train_size": 1000,
