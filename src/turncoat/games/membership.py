@@ -107,7 +107,7 @@ class Membership:
             if len(outs) >= needed
         )
         remarks = tuple(
-            f"no TPR at {fpr:.1%} FPR, for {needed:,} non-members are needed and there are "
+            f"no TPR at {100 * fpr:g} % FPR: it needs {needed:,} non-members, and there are "
             f"{len(outs):,}"
             for _, fpr, needed in _NEEDED
             if len(outs) < needed
