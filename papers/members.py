@@ -38,7 +38,7 @@ _HOW = (
     "of the released model attack. Shadow models are trained once for all attacks, 34 of them in "
     "pairs: of each pair one has a random half of the candidates, the other the rest; each has a "
     "start, batches and a seed of its own. Whoever has 32 has those of 16 pairs; whoever has fewer "
-    "plays several times, with up to 4 groups of them that share no model. What is said is the "
+    "plays several times, with up to {} groups of them that share no model. What is said is the "
     "mean over these groups and over {} targets of a seed: the federation's own model, and shadow "
     "models in its place, against all pairs but their own. LiRA asks once for each record; RMIA "
     "fits its offline correction by attacking two of its own shadows. The loss is compared as the "
@@ -56,7 +56,7 @@ def _experiment(
         f"{shown}: LiRA with 32 shadow models beats the loss, a fixed variance beats one for each "
         "record up to 16 of them, and with 2 RMIA beats LiRA.",
         measure,
-        recipe + _HOW.format(measure.num_targets),
+        recipe + _HOW.format(measure.num_groups, measure.num_targets),
         _CITED,
         (
             Expectation("tpr_lira_minus_loss", above=0),
@@ -83,7 +83,8 @@ SHADOWED = (
             cifar10,
             LocalSGD(0.1, num_epochs=5, batch_size=20, momentum=0.8),
             num_rounds=4,
-            num_targets=16,
+            num_targets=35,
+            num_groups=16,
             options={
                 "num_clients": 2,
                 "train_size": 1000,

@@ -85,7 +85,6 @@ def _records(
             Expectation("least_of_claimed_minus_audited_epsilon", at_least=0),
             Expectation("points_of_tpr_that_ε_of_1_takes_from_lira", above=0),
         ),
-        num_seeds=3,
     )
 
 
