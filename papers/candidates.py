@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -78,15 +79,48 @@ class Told:
 
 
 @dataclass(frozen=True)
+class Pool:
+    """Models of which each knew half of the candidates: first the target, then pairs of shadows.
+
+    Of a pair, each knew just what the other did not.
+
+    Attributes:
+        inside: Which candidates each was trained on. Shape: ``(models, candidates)``.
+    """
+
+    question: Candidates
+    models: tuple[Told, ...]
+    inside: Tensor
+
+    def pairs_for(self, target: int) -> list[tuple[int, int]]:
+        """Return the pairs that a target is compared with: all but its own, of which it is one.
+
+        Whoever had the other of its pair would be told by it who the members are.
+        """
+        pairs = [(i, i + 1) for i in range(1, len(self.models), 2)]
+        return [pair for pair in pairs if target not in pair]
+
+    def shadows(self, pairs: Sequence[tuple[int, int]]) -> Shadows:
+        chosen = [i for pair in pairs for i in pair]
+        models: Any = tuple(self.models[i] for i in chosen)
+        return Shadows(models, self.inside[chosen])
+
+
+@dataclass(frozen=True)
 class ShadowedAttacks:
     """Train one federation and its shadow models; attack it with as many of these as are given.
 
     All training records are candidates, and as many of the test set. The audit trains
-    ``num_shadows`` shadow models; an attack that has fewer gets the first of them, which are those
-    that the audit would train for it. Figures that compare are differences on the same candidates.
+    ``num_shadows`` shadow models, and a pair more, so that shadow models can play the target in
+    their turn: members are then the half that it was trained on, and the other pairs its shadows.
+    An attack that has fewer than ``num_shadows`` plays with several groups of them, which share no
+    model. Figures are means over targets and groups; those that compare are differences on the
+    same candidates of the same targets with the same shadows.
 
     Attributes:
         few: The other numbers of shadow models, smaller and even.
+        num_targets: The target of the audit, and as many others as are missing to this.
+        num_groups: Of shadow models for each target, at most.
     """
 
     make: Callable[..., Task]
@@ -94,58 +128,89 @@ class ShadowedAttacks:
     num_rounds: int
     num_shadows: int = 32
     few: tuple[int, ...] = (2, 4, 8, 16)
+    num_targets: int = 35
+    num_groups: int = 4
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_targets <= self.num_shadows + 3:
+            raise ValueError(
+                f"{self.num_targets} targets are asked for; with {self.num_shadows} shadow models "
+                f"for each there are {self.num_shadows + 3} models: ask for at most as many"
+            )
 
     def __call__(self, seed: int) -> dict[str, float | str]:
         task = self.make(seed=seed, **self.options)
         federation = Federation(train=self.train, channel=Plain(), aggregate=Mean())
-        game, most = Membership(), LiRA(self.num_shadows)
-        entries = {"most": Entry(Trial(most, game), (Seat.USER,))}
+        pool, view, headline = self.trained(task, federation, seed)
+        sums = Counter[str]()
+        for target in range(self.num_targets):
+            found = self._attacked(pool, target, seed)
+            best = f"{AUC}: {lira(True, 'fixed')} | {self.num_shadows}"
+            if target == 0 and found[best] != headline:
+                raise RuntimeError(f"{best} is another in the audit: {headline}")
+            sums.update(found)
+        means = {name: total / self.num_targets for name, total in sums.items()}
+        inputs, labels = (torch.cat(column) for column in zip(*task.clients, strict=True))
+        return {
+            **self._compared(means),
+            "training_accuracy": accuracy_on((inputs, labels), task, view),
+            "test_accuracy": accuracy_on(task.test, task, view),
+            "candidates": float(pool.inside.shape[1]),
+            **means,
+            "data": task.source,
+        }
+
+    def trained(
+        self, task: Task, federation: Federation[Any, Any], seed: int
+    ) -> tuple[Pool, ModelView, float]:
+        """Return all models, the target as users have it, and the area of the audit's own LiRA."""
+        game = Membership()
+        entries = {
+            str(n): Entry(Trial(LiRA(n), game), (Seat.USER,))
+            for n in (self.num_shadows, self.num_shadows + 2)
+        }
         audit = Audit("candidates", task, {"none": federation}, entries, self.num_rounds, (seed,))
         question, truth = pose(audit, federation, game, -1, seed)
         with TemporaryDirectory() as place:
-            ((planned, cell),) = run_audit(audit, Path(place)).items()
-            if not isinstance(cell, Scored):
-                raise RuntimeError(f"the audit did not come to an end: {cell}")
-            folder = AuditFolder(Path(place))
-            states = [read_tensors(folder.state(k))[0]["params"] for k in planned.needs]
+            cells = run_audit(audit, Path(place))
+            areas = []
+            for cell in cells.values():
+                if not isinstance(cell, Scored):
+                    raise RuntimeError(f"the audit did not come to an end: {cell}")
+                areas.append(cell.marked.headline.value)
+            folder, last = AuditFolder(Path(place)), [*cells][-1]
+            states = [read_tensors(folder.state(k))[0]["params"] for k in last.needs]
         view = released(federation, task, states[0], seed)
-        target = Told.of(view, question)
-        models: Any = tuple(Told.of(ModelView(task.model, p), question) for p in states[1:])
-        inside = torch.stack(
-            [
-                shadow_task(audit, question.candidates, game, i, seed)[1]
-                for i in range(self.num_shadows)
-            ]
-        )
+        views = [view, *(ModelView(task.model, params) for params in states[1:])]
+        inside = [
+            shadow_task(audit, question.candidates, game, i, seed)[1]
+            for i in range(self.num_shadows + 2)
+        ]
+        models = tuple(Told.of(v, question) for v in views)
+        return Pool(question, models, torch.stack([truth, *inside])), view, areas[0]
 
-        def marked(attack: Any, num_shadows: int) -> Marked:
-            given = Shadows(models[:num_shadows], inside[:num_shadows]) if num_shadows else None
-            guess = call(
-                attack,
-                target,
-                candidates=question.candidates,
-                population=question.population,
-                shadows=given,
-                rng=Randomness(seed).at("attack", num_shadows),
-            )
-            return game.mark(guess, truth, rng=Randomness(seed).at("mark"))
-
+    def _attacked(self, pool: Pool, target: int, seed: int) -> dict[str, float]:
+        """Return the figures of all attacks on one target, each the mean over its groups."""
+        truth, pairs = pool.inside[target], pool.pairs_for(target)
         found: dict[str, float] = {}
         for (row, num_shadows), attack in self._attacks().items():
-            now = marked(attack, num_shadows)
-            if attack == most and now.headline != cell.marked.headline:
-                raise RuntimeError(f"{attack!r} is another in the audit: {cell.marked.headline}")
-            found |= _figures(row, num_shadows, now, num_outs=int((~truth).sum()))
-        inputs, labels = (torch.cat(column) for column in zip(*task.clients, strict=True))
-        return {
-            **self._compared(found),
-            "training_accuracy": accuracy_on((inputs, labels), task, view),
-            "test_accuracy": accuracy_on(task.test, task, view),
-            "candidates": float(len(truth)),
-            **found,
-            "data": task.source,
-        }
+            sums, size = Counter[str](), num_shadows // 2
+            last = self.num_shadows // 2 - size
+            starts = range(0, last + 1, size)[: self.num_groups] if size else range(1)
+            for start in starts:
+                guess = call(
+                    attack,
+                    pool.models[target],
+                    candidates=pool.question.candidates,
+                    population=pool.question.population,
+                    shadows=pool.shadows(pairs[start : start + size]) if size else None,
+                    rng=Randomness(seed).at("attack", target, num_shadows, start),
+                )
+                marked = Membership().mark(guess, truth, rng=Randomness(seed).at("mark"))
+                sums.update(_figures(row, num_shadows, marked, num_outs=int((~truth).sum())))
+            found |= {name: total / len(starts) for name, total in sums.items()}
+        return found
 
     def _attacks(self) -> dict[tuple[str, int], Any]:
         """Return the attacks by name and number of shadow models."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from math import inf
 from typing import Any
 
@@ -111,14 +113,18 @@ class ClientCurves:
 class RecordCurves:
     """DP-SGD on one pool of records: what ε costs, and what attacks and audits reach beside it.
 
-    A random half of ``num_candidates`` records is trained on, the others are the non-members and
-    the test set; LiRA has ``attack.num_shadows`` models that were trained in the same way, with
-    the same noise, on random halves of the candidates.
+    Pairs of models are trained in the same way, one on a random half of ``num_candidates`` records,
+    the other on the rest; each has a start, batches and noise of its own. Each is the target in its
+    turn: the half that it was not trained on are the non-members and the test set, and LiRA has
+    the ``attack.num_shadows`` models of all other pairs. Whoever had the other of the target's own
+    pair would be told by it who the members are. Rates are means over the targets; their limits
+    are those of as many members as one target has, for targets share records and shadows.
 
-    The audit is another training, of the same members and of ``num_canaries`` more records with a
-    wrong label, of which each takes part by a fair coin. It guesses the ``num_guesses`` highest
-    confidences to be in, and as many lowest to be out: how many was fixed beforehand. It draws at
-    a lower rate than ε was fitted to, as it has more records: it spends no more than is claimed.
+    The audit is another training, of the first one's members and of ``num_canaries`` more records
+    with a wrong label, of which each takes part by a fair coin. It guesses the ``num_guesses``
+    highest confidences to be in, and as many lowest to be out: how many was fixed beforehand. It
+    draws at a lower rate than ε was fitted to, as it has more records: it spends no more than is
+    claimed.
 
     Attributes:
         train: The private training, but for its noise and its number of steps.
@@ -149,11 +155,10 @@ class RecordCurves:
         if len(order) < self.num_candidates + self.num_canaries:
             raise ValueError(f"{task.name} has {len(order)} records; take fewer candidates")
         pool = inputs[order], labels[order]
-        start = task.model.initial(drawn.at("begin"))
         found: dict[str, float | str] = {}
         slack, spare = inf, inf
         for place, epsilon in enumerate(self.epsilons):
-            run = _Run(self, task, pool, start, drawn, place, self._fitted(epsilon))
+            run = _Run(self, task, pool, drawn, place, self._fitted(epsilon))
             figures = run.attacked() | run.audited()
             found |= {f"{title} | {said(epsilon)}": v for title, v in figures.items()}
             if isinstance(run.stage, DPSGD):
@@ -179,9 +184,11 @@ class RecordCurves:
         size = self.num_candidates // 2
         rate = self.train.expected_batch / size
         num_steps = round(self.num_epochs / rate)
-        sigma = noise_for(epsilon, self.delta, rate, num_steps)
+        sigma = _noise_for(epsilon, self.delta, rate, num_steps)
         return replace(self.train, noise_multiplier=sigma, num_steps=num_steps, num_epochs=None)
 
+
+_noise_for = cache(noise_for)  # it is the same for all seeds
 
 _TPR, _ACCURACY, _EPSILON = "TPR at 1 % FPR, percent", "accuracy, percent", "ε"
 _LIRA = f"{_TPR}: LiRA"
@@ -196,45 +203,46 @@ class _Run:
     recipe: RecordCurves
     task: Task
     pool: Batch
-    start: Tensor
     drawn: Randomness
     place: int
     stage: DPSGD | LocalSGD
 
+    @property
+    def num_models(self) -> int:
+        """As many as shadows are asked for, and the target's pair."""
+        return 2 * (self.recipe.attack.num_shadows // 2 + 1)
+
     def trained(self, data: Batch, number: int) -> ModelView:
+        start = self.task.model.initial(self.drawn.at("begin", number))
         rng = self.drawn.at("train", self.place, number)
-        update = self.stage(self.task.model, self.start, data, rng=rng)
-        return ModelView(self.task.model, self.start + update.delta)
+        update = self.stage(self.task.model, start, data, rng=rng)
+        return ModelView(self.task.model, start + update.delta)
 
     def half(self, number: int) -> Tensor:
         """Return which candidates model ``number`` is trained on. Shape: ``(candidates,)``."""
         num = self.recipe.num_candidates
         inside = torch.zeros(num, dtype=torch.bool)
-        inside[torch.randperm(num, generator=self.drawn.at("half", number))[: num // 2]] = True
+        order = torch.randperm(num, generator=self.drawn.at("half", number // 2))
+        inside[order[: num // 2] if number % 2 == 0 else order[num // 2 :]] = True
         return inside
 
     def attacked(self) -> dict[str, float]:
-        recipe = self.recipe
+        recipe, every = self.recipe, range(self.num_models)
         candidates = _some(self.pool, slice(recipe.num_candidates))
-        models, masks = list[ModelView](), list[Tensor]()
-        for number in range(1 + recipe.attack.num_shadows):
-            masks.append(self.half(number))
-            models.append(self.trained(_some(candidates, masks[-1]), number))
-        target, inside = models[0], masks[0]
-        shadows = Shadows(tuple(models[1:]), torch.stack(masks[1:]))
-        lira = recipe.attack(target, candidates=candidates, shadows=shadows).scores
-        loss = LossThreshold()(target, candidates=candidates).scores
-        rate = ROC.of(lira[inside], lira[~inside]).tpr_at(_FPR)
-        low, high = tpr_interval(rate, int(inside.sum()))
-        by_loss = ROC.of(loss[inside], loss[~inside]).tpr_at(_FPR)
-        return {
-            f"{_ACCURACY}: test": 100 * _accuracy(target, _some(candidates, ~inside)),
-            f"{_ACCURACY}: training": 100 * _accuracy(target, _some(candidates, inside)),
-            _LIRA: 100 * rate,
-            _LOW: 100 * low,
-            f"{_TPR}: LiRA, upper limit": 100 * high,
-            f"{_TPR}: loss threshold": 100 * by_loss,
-        }
+        masks = [self.half(number) for number in every]
+        models = [self.trained(_some(candidates, masks[number]), number) for number in every]
+        found = Counter[str]()
+        for target in every:
+            others = [i for i in every if i // 2 != target // 2]
+            shadows = Shadows(
+                tuple(models[i] for i in others), torch.stack([masks[i] for i in others])
+            )
+            found.update(
+                _figures(recipe.attack, models[target], masks[target], shadows, candidates)
+            )
+        means = {title: total / self.num_models for title, total in found.items()}
+        low, high = tpr_interval(means[_LIRA] / 100, int(masks[0].sum()))
+        return means | {_LOW: 100 * low, f"{_TPR}: LiRA, upper limit": 100 * high}
 
     def audited(self) -> dict[str, float]:
         recipe = self.recipe
@@ -244,7 +252,7 @@ class _Run:
         others = _some(_some(self.pool, slice(recipe.num_candidates)), self.half(0))
         mine = _some(canaries, inside)
         data = torch.cat([others[0], mine[0]]), torch.cat([others[1], mine[1]])
-        view = self.trained(data, 1 + recipe.attack.num_shadows)
+        view = self.trained(data, self.num_models)
         ranked = inside[confidence(view, canaries).argsort(descending=True, stable=True)]
         k = recipe.num_guesses
         right = int(ranked[:k].sum()) + int((~ranked[-k:]).sum())
@@ -258,6 +266,24 @@ class _Run:
         return inputs, (labels + torch.randint(1, num_classes, labels.shape, generator=rng)) % (
             num_classes
         )
+
+
+def _figures(
+    attack: LiRA, target: ModelView, inside: Tensor, shadows: Shadows, candidates: Batch
+) -> dict[str, float]:
+    """Return what a target knows, and what attacks reach against it, in percent."""
+    found = {
+        f"{_ACCURACY}: test": _accuracy(target, _some(candidates, ~inside)),
+        f"{_ACCURACY}: training": _accuracy(target, _some(candidates, inside)),
+    }
+    guesses = {
+        _LIRA: attack(target, candidates=candidates, shadows=shadows),
+        f"{_TPR}: loss threshold": LossThreshold()(target, candidates=candidates),
+    }
+    for title, guess in guesses.items():
+        roc = ROC.of(guess.scores[inside], guess.scores[~inside])
+        found[title] = roc.tpr_at(_FPR)
+    return {title: 100 * value for title, value in found.items()}
 
 
 def _some(data: Batch, which: Any) -> Batch:

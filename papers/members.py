@@ -35,11 +35,16 @@ _CITED = (
 )
 _HOW = (
     " Two clients, as FedAvg. Candidates: all training records and as many of the test set; users "
-    "of the released model attack. 32 shadow models, each on a random half of the candidates, are "
-    "trained once for all attacks; whoever has fewer has the first of them. LiRA asks once for "
-    "each record. The loss is compared as the confidence that it is a function of, which does not "
-    "round. A true-positive rate is that of the best threshold whose false-positive rate is at "
-    "most what is said. Intervals are over the differences seed by seed."
+    "of the released model attack. Shadow models are trained once for all attacks, 34 of them in "
+    "pairs: of each pair one has a random half of the candidates, the other the rest; each has a "
+    "start, batches and a seed of its own. Whoever has 32 has those of 16 pairs; whoever has fewer "
+    "plays several times, with up to {} groups of them that share no model. What is said is the "
+    "mean over these groups and over {} targets of a seed: the federation's own model, and shadow "
+    "models in its place, against all pairs but their own. LiRA asks once for each record; RMIA "
+    "fits its offline correction by attacking two of its own shadows. The loss is compared as the "
+    "confidence that it is a function of, which does not round. A true-positive rate is that of "
+    "the best threshold whose false-positive rate is at most what is said. Intervals are over the "
+    "differences seed by seed."
 )
 
 
@@ -51,7 +56,7 @@ def _experiment(
         f"{shown}: LiRA with 32 shadow models beats the loss, a fixed variance beats one for each "
         "record up to 16 of them, and with 2 RMIA beats LiRA.",
         measure,
-        recipe + _HOW,
+        recipe + _HOW.format(measure.num_groups, measure.num_targets),
         _CITED,
         (
             Expectation("tpr_lira_minus_loss", above=0),
@@ -78,6 +83,8 @@ SHADOWED = (
             cifar10,
             LocalSGD(0.1, num_epochs=5, batch_size=20, momentum=0.8),
             num_rounds=4,
+            num_targets=35,
+            num_groups=16,
             options={
                 "num_clients": 2,
                 "train_size": 1000,
@@ -97,6 +104,7 @@ SHADOWED = (
             mnist,
             LocalSGD(0.2, num_epochs=2, batch_size=100, momentum=0.8),
             num_rounds=4,
+            num_targets=2,
             options={
                 "num_clients": 2,
                 "train_size": 10_000,
@@ -116,6 +124,7 @@ SHADOWED = (
             adult,
             LocalSGD(0.1, num_epochs=8, batch_size=20, momentum=0.9),
             num_rounds=4,
+            num_targets=16,
             options={
                 "num_clients": 2,
                 "train_size": 1000,
@@ -144,7 +153,7 @@ SHADOWED = (
         ),
         "An MLP with 64 hidden units on 400 patients of UCI heart disease, their hospitals mixed; "
         "5 rounds of 10 local epochs of SGD at 0.1, batch 20, momentum 0.9. One per cent of 400 "
-        "non-members is 4: the rates are coarse.",
+        "non-members is 4: the rates of one target are coarse.",
     ),
 )
 

@@ -29,14 +29,16 @@ from turncoat.games.membership import Membership
 from turncoat.games.outcomes import AccuracyLost
 from turncoat.games.reconstruction import Reconstruct
 from turncoat.messages import Update
-from turncoat.plan import Audit, Entry, plan, pose, shadow_task
+from turncoat.plan import Audit, Entry, plan, pose, shadow_run, shadow_seed, shadow_task
 from turncoat.record import AuditFolder, FolderUnusable, write_records
+from turncoat.runtimes.saved import read_tensors
 from turncoat.runtimes.simulate import simulate
 from turncoat.stages.aggregate.krum import Krum
 from turncoat.stages.aggregate.mean import Mean
 from turncoat.stages.aggregate.norm_bound import NormBound
 from turncoat.stages.channel.secure_aggregation import SecureAggregation
 from turncoat.stages.release.queries import Queries
+from turncoat.stages.train.dpsgd import DPSGD
 from turncoat.stages.train.local import LocalSGD
 from turncoat.task import Batch, Model, Task
 from turncoat.trial import Blocked, Failed, Memberships, Sabotage, Scored, Trial, UnknownQuestion
@@ -93,7 +95,17 @@ def test_one_process_or_two_twice_give_the_same_cells(small: Task, tmp_path: Pat
         for n in ("one", "two")
     )
     assert alone and alone == together
+    told = {r["attack"]: r.get("remarks") for r in without_seconds(tmp_path / "one")}
+    assert told["loss"] == [
+        "no TPR at 1 % FPR: it needs 100 non-members, and there are 40",
+        "no TPR at 0.1 % FPR: it needs 10,000 non-members, and there are 40",
+    ]
     by = {(c.attack, c.defence): r for c, r in one.items()}
+    kept = {
+        (c.attack, c.defence): r for c, r in auditing.run_audit(audit, tmp_path / "one").items()
+    }
+    read = kept["loss", "none"]
+    assert isinstance(read, Scored) and list(read.marked.remarks) == told["loss"]
     blocked = by["inversion", "masks"]
     assert isinstance(blocked, Blocked)
     assert "needs ServerView[Update]; the server sees ServerView[Masked]" in blocked.reason
@@ -324,6 +336,69 @@ def test_every_candidate_is_in_half_of_the_shadows(small: Task) -> None:
         chosen = question.candidates[0][mask]
         assert all(x.numpy().tobytes() in theirs for x in chosen)
     assert torch.stack(inside).sum(0).tolist() == [3] * 80
+
+
+def only_noise(small: Task) -> Audit:
+    """Return an audit whose models are their start and much noise, for nothing can be learnt."""
+    train = DPSGD(0.1, 1.0, expected_batch=10, noise_multiplier=100.0)
+    entries = {"lira": Entry(Trial(LiRA(num_shadows=4), Membership(80)), (Seat.USER,))}
+    noisy = {"none": replace(NONE, train=train)}
+    return audit_of(small, federations=noisy, entries=entries, num_rounds=1)
+
+
+def spread(audit: Audit, folder: Path) -> float:
+    """Return how far apart the nearest two of all models are, in lengths of a model."""
+    (cell,) = auditing.run_audit(audit, folder)
+    there = AuditFolder(folder)
+    ends = torch.stack([read_tensors(there.state(k))[0]["params"] for k in cell.needs])
+    return float(torch.pdist(ends).min() / ends.norm(dim=1).mean())
+
+
+def test_no_shadow_shares_the_targets_draws_nor_anothers(
+    small: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sabotage: with the target's own seed its start and its noise are known, and all but cancel.
+
+    Whoever trains a shadow model does not know the noise that protects the records.
+    """
+    audit = only_noise(small)
+    seeds = {shadow_seed(Membership(80), k, 0) for k in range(6)}
+    assert len(seeds | {0}) == 7
+    assert seeds.isdisjoint(shadow_seed(Membership(80), k, 1) for k in range(6))
+    assert seeds.isdisjoint(shadow_seed(Membership(60), k, 0) for k in range(6))
+    assert spread(audit, tmp_path / "own") > 0.8
+    monkeypatch.setattr("turncoat.plan.shadow_seed", lambda game, shadow, seed: seed)
+    assert spread(audit, tmp_path / "shared") < 0.2
+
+
+def test_shadows_know_the_halves_that_the_targets_seed_deals(small: Task) -> None:
+    audit = only_noise(small)
+    question, _ = pose(audit, NONE, Membership(80), -1, 0)
+    dealt, _ = shadow_task(audit, question.candidates, Membership(80), 1, 0)
+    federation, task, seed = shadow_run(audit, NONE, Membership(80), 1, 0)
+    assert federation == NONE and seed == shadow_seed(Membership(80), 1, 0)
+    for mine, theirs in zip(task.clients, dealt.clients, strict=True):
+        assert torch.equal(mine[0], theirs[0]) and torch.equal(mine[1], theirs[1])
+
+
+def test_shadows_of_an_audit_that_was_stopped_are_the_same_bits(
+    small: Task, tmp_path: Path
+) -> None:
+    audit = only_noise(small)
+
+    def stop(event: auditing.Event) -> None:
+        if event.what == "shadow":
+            raise KeyboardInterrupt
+
+    auditing.run_audit(audit, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        auditing.run_audit(audit, tmp_path / "stopped", on_event=stop)
+    auditing.run_audit(audit, tmp_path / "stopped", num_jobs=2)
+    whole, stopped = (
+        {p.name: p.read_bytes() for p in (tmp_path / n / "trainings").glob("*.safetensors")}
+        for n in ("whole", "stopped")
+    )
+    assert len(whole) == 5 and whole == stopped
 
 
 def test_a_seat_that_one_federation_opens_is_a_row_for_all(small: Task) -> None:

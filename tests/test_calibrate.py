@@ -8,7 +8,7 @@ protects others, or nobody.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from turncoat.calibrate import (
 )
 from turncoat.cli import Exit, app
 from turncoat.config import load
+from turncoat.metrics import tradeoff
 from turncoat.metrics.intervals import clopper_pearson
 from turncoat.metrics.tradeoff import advantage_limit, composed, tpr_limit
 from turncoat.plan import pose
@@ -78,7 +79,15 @@ train = { use = "dp-sgd", lr = 0.5, max_norm = 1.0, expected_batch = 60, noise_m
 aggregate = { use = "norm-bound", max_norm = 1.0 }
 """
 TPR = Risk("tpr", 0.05, 0.01)
+FINEST = tradeoff._FINEST
 ENDS = st.just(0.0) | st.floats(1e-6, 10)
+
+
+@pytest.fixture
+def fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's own step of the privacy loss, whatever was tested before."""
+    monkeypatch.setattr(tradeoff, "_FINEST", FINEST)
+    tradeoff._composed.cache_clear()
 
 
 def gaussian(sigma: float, num_steps: int = 1, rate: float = 1.0) -> dp_accounting.DpEvent:
@@ -122,6 +131,7 @@ RISKCAL = {  # sigma, rate, steps: 1 - beta at 0.001, 0.01 and 0.1, and the adva
 }
 
 
+@pytest.mark.usefixtures("fine")
 @pytest.mark.parametrize("how", RISKCAL)
 def test_bounds_are_those_of_riskcal(how: tuple[float, float, int]) -> None:
     """Golden: ``get_beta_from_pld`` and ``get_advantage_from_pld`` of riskcal 1.4.1."""
@@ -132,6 +142,7 @@ def test_bounds_are_those_of_riskcal(how: tuple[float, float, int]) -> None:
     assert all(m >= r - 1e-5 for m, r in zip(mine, RISKCAL[how], strict=True))
 
 
+@pytest.mark.usefixtures("fine")
 def test_little_noise_bounds_nothing_and_costs_little() -> None:
     event = gaussian(0.05, 500, 0.2)  # a loss of 100,000: at a fixed step it would take gigabytes
     assert tpr_limit(event, 0.01) == pytest.approx(1.0)
@@ -190,7 +201,21 @@ def test_whole_numbers_are_searched_to_the_last(edge: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def coarse() -> Iterator[None]:
+    """Let accountants take longer steps of the privacy loss: what they say is safe all the same.
+
+    What is tested with it is the search, which takes a tenth of the time; the bounds themselves
+    are tested above, at the step that the package takes.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tradeoff, "_FINEST", 1e-3)
+        tradeoff._composed.cache_clear()
+        yield
+    tradeoff._composed.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def file(coarse: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("files") / "two.toml"
     path.write_text(TOML)
     return path

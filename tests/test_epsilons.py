@@ -1,6 +1,7 @@
 """The curves over epsilon: what they measure, on little data, and what is drawn of a ledger.
 
-Kinds: oracle (epsilon composed by hand), theorem (labels), contract (a figure and its table).
+Kinds: oracle (epsilon composed by hand, LiRA against each target), theorem (labels), contract (a
+figure and its table).
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 from dp_accounting.pld import PLDAccountant
+from sklearn.metrics import roc_curve
 
 from papers.epsilons import ClientCurves, RecordCurves, _Run, said
 from papers.noised import NOISED, drawn
 from turncoat.attacks.membership.lira import LiRA
+from turncoat.metrics.intervals import clopper_pearson
 from turncoat.randomness import Randomness
 from turncoat.stages.train.dpsgd import DPSGD
 from turncoat.stages.train.local import LocalSGD
 from turncoat.tasks.bundled import digits
 from turncoat.tasks.models import MLP
+from turncoat.views import Shadows
 
 CLIENTS = ClientCurves(
     digits,
@@ -77,10 +81,36 @@ def test_the_noise_of_dp_sgd_keeps_epsilon_for_members_and_audited_alike() -> No
 
 def test_a_canary_never_has_its_own_label() -> None:
     task = digits(1, test_size=797)
-    run = _Run(RECORDS, task, task.test, torch.empty(0), Randomness(0), 0, RECORDS.free)
+    run = _Run(RECORDS, task, task.test, Randomness(0), 0, RECORDS.free)
     _, wrong = run._mislabelled(task.test)
     assert not (wrong == task.test[1]).any()
     assert set(wrong.tolist()) == set(range(10))
+
+
+def test_every_model_is_a_target_and_its_own_pair_is_no_shadow_of_it() -> None:
+    """Oracle: LiRA against each, by hand. Starts and noise are of each model's own."""
+    task = digits(1, test_size=797, model=MLP(()))
+    run = _Run(RECORDS, task, task.test, Randomness(0), 0, RECORDS._fitted(1.0))
+    candidates = task.test[0][:400], task.test[1][:400]
+    halves = torch.stack([run.half(i) for i in range(4)])
+    assert run.num_models == 4 and halves.sum(dim=1).tolist() == [200] * 4
+    assert torch.equal(halves[1], ~halves[0]) and torch.equal(halves[3], ~halves[2])
+    models = [run.trained((candidates[0][h], candidates[1][h]), i) for i, h in enumerate(halves)]
+    ends = torch.stack([m.params for m in models])
+    assert torch.pdist(ends).min() > 0.5 * ends.norm(dim=1).mean()
+    rates = []
+    for i, h in enumerate(halves):
+        pair = [2, 3] if i < 2 else [0, 1]
+        shadows = Shadows((models[pair[0]], models[pair[1]]), halves[pair])
+        scores = LiRA(2)(models[i], candidates=candidates, shadows=shadows).scores
+        fpr, tpr, _ = roc_curve(h.numpy(), scores.numpy(), drop_intermediate=False)
+        rates.append(100 * tpr[fpr <= 0.01].max())
+    found = run.attacked()
+    mean = sum(rates) / 4
+    assert found["TPR at 1 % FPR, percent: LiRA"] == pytest.approx(mean)
+    low, high = clopper_pearson(round(2 * mean), 200)  # members of one target
+    assert found["TPR at 1 % FPR, percent: LiRA, lower limit"] == pytest.approx(100 * low)
+    assert found["TPR at 1 % FPR, percent: LiRA, upper limit"] == pytest.approx(100 * high)
 
 
 @pytest.mark.parametrize("num_seeds", [1, 2])

@@ -99,15 +99,19 @@ def test_who_knows_the_truth_wins_and_who_knows_nothing_is_at_chance(task: Task)
     assert set(won.exhibits) == {"roc_fpr", "roc_tpr"}
 
 
-def test_rates_that_few_non_members_cannot_carry_are_left_out() -> None:
-    def names(num: int) -> list[str]:
+def test_rates_that_few_non_members_cannot_carry_are_left_out_and_that_is_said() -> None:
+    def found(num: int) -> tuple[list[str], tuple[str, ...]]:
         truth = torch.arange(2 * num) < num
         guess = Memberships(torch.rand(2 * num, generator=RANDOM.at("few")))
-        return [m.name for m in Membership().mark(guess, truth, rng=RANDOM.at("mark")).others]
+        marked = Membership().mark(guess, truth, rng=RANDOM.at("mark"))
+        return [m.name for m in marked.others], marked.remarks
 
-    assert names(99) == []
-    assert names(100) == ["tpr_at_1pct_fpr"]
-    assert names(10_000) == ["tpr_at_1pct_fpr", "tpr_at_01pct_fpr"]
+    at_1 = "no TPR at 1 % FPR: it needs 100 non-members, and there are {}"
+    at_01 = "no TPR at 0.1 % FPR: it needs 10,000 non-members, and there are {}"
+    assert found(99) == ([], (at_1.format(99), at_01.format(99)))
+    assert found(100) == (["tpr_at_1pct_fpr"], (at_01.format(100),))
+    assert found(9_999)[1] == (at_01.format("9,999"),)
+    assert found(10_000) == (["tpr_at_1pct_fpr", "tpr_at_01pct_fpr"], ())
 
 
 def test_a_record_that_is_member_and_not_does_no_harm(task: Task) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binom
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from turncoat.attacks.membership.label_only import LabelOnly
@@ -174,6 +175,36 @@ def test_rmia_is_the_share_of_strangers_by_hand() -> None:
         shadows=shadows,
     ).scores
     assert [int(s * 2) for s in strict] == [2, 1]  # 3 >= 8/3 and 2; 2 >= 2 alone
+
+
+@pytest.mark.parametrize("num_shadows", [2, 6])
+def test_rmia_fits_its_correction_by_attacking_its_own_shadows(num_shadows: int) -> None:
+    """Oracle: each correction's area, over shadow models in the target's place, by scikit-learn."""
+    on = known()
+    pair = [0, 6, 1, 7, 2, 8][:num_shadows]  # each with its complement
+    shadows = Shadows(tuple(on.shadows.models[i] for i in pair), on.shadows.inside[pair])
+
+    def said(view: ModelView, data: Batch) -> Any:
+        return view.scores(data[0]).double().gather(1, data[1][:, None])[:, 0].exp().numpy()
+
+    areas = np.zeros(11)
+    for target in (0, 1):
+        others = [i for i in range(num_shadows) if i != target]
+        x = np.stack([said(m, on.candidates) for m in shadows.models])
+        z = np.stack([said(m, on.task.population) for m in shadows.models])
+        out = ~shadows.inside.numpy()
+        members = [i for i in np.flatnonzero(~out[target]) if out[others, i].any()]
+        for k in range(11):
+            a = k / 10
+            usual = [x[[j for j in others if out[j, i]], i].mean() for i in members]
+            mine = x[target, members] / ((1 + a) / 2 * np.array(usual) + (1 - a) / 2)
+            theirs = z[target] / ((1 + a) / 2 * z[others].mean(axis=0) + (1 - a) / 2)
+            truth = np.repeat([1, 0], [len(mine), len(theirs)])
+            areas[k] += roc_auc_score(truth, np.concatenate([mine, theirs]))
+    best = float(areas.argmax()) / 10
+    fitted = scores(RMIA(num_shadows), shadows=shadows)
+    assert torch.equal(fitted, scores(RMIA(num_shadows, a=best), shadows=shadows))
+    assert not torch.equal(fitted, scores(RMIA(num_shadows, a=1 - best), shadows=shadows))
 
 
 def test_entropies_are_those_of_their_formulas() -> None:

@@ -1,20 +1,35 @@
 """The measures behind the figures on membership. Kinds: contract, oracle (scikit-learn's curve),
-sabotage (clients of unlike sizes)."""
+sabotage (clients of unlike sizes; a complement as a shadow)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from sklearn.metrics import roc_curve
+from sklearn.metrics import roc_auc_score, roc_curve
 
-from papers.candidates import AT_1, AUC, CURVE, FPRS, LOSS, ShadowedAttacks, _figures, lira, rmia
+from papers.candidates import (
+    AT_1,
+    AUC,
+    CURVE,
+    FPRS,
+    LOSS,
+    Pool,
+    ShadowedAttacks,
+    _figures,
+    lira,
+    rmia,
+)
 from papers.leaking import Leaking
 from papers.members import _SHOWN, SHADOWED, draw
+from turncoat.attacks.membership.lira import LiRA
+from turncoat.federation import Federation, Plain
 from turncoat.games.membership import Membership
 from turncoat.randomness import Randomness
+from turncoat.stages.aggregate.mean import Mean
 from turncoat.stages.train.local import LocalSGD
 from turncoat.task import Task
 from turncoat.tasks.bundled import digits
@@ -29,9 +44,13 @@ def two_clients(*, seed: int, **options: Any) -> Task:
     return digits(2, seed=seed, **options)
 
 
+SMALLEST = ShadowedAttacks(
+    two_clients, TRAIN, 1, num_shadows=4, few=(2,), num_targets=3, num_groups=2, options=SMALL
+)
+
+
 def test_all_attacks_are_measured_and_compared_on_the_same_shadows() -> None:
-    measure = ShadowedAttacks(two_clients, TRAIN, 1, num_shadows=4, few=(2,), options=SMALL)
-    found = measure(100)
+    found = SMALLEST(100)
     best, one = lira(True, "fixed"), rmia(True)
     assert found["candidates"] == 240
     gap = found[f"{AUC}: {best} | 4"] - found[f"{AUC}: {LOSS} | 0"]  # type: ignore[operator]
@@ -40,6 +59,47 @@ def test_all_attacks_are_measured_and_compared_on_the_same_shadows() -> None:
     assert found["tpr_rmia_minus_lira_online_with_2"] == gap
     assert found["training_accuracy"] > found["test_accuracy"]  # type: ignore[operator]
     assert not any("0.1 %" in name for name in found)  # of 120 non-members
+
+
+def test_figures_are_means_over_targets_and_groups_of_shadows() -> None:
+    """Oracle: one attack, played by hand. The target of the audit is the first."""
+    task = SMALLEST.make(seed=100, **SMALL)
+    federation = Federation(train=TRAIN, channel=Plain(), aggregate=Mean())
+    pool, _, headline = SMALLEST.trained(task, federation, 100)
+    few, most = [], []
+    for target in range(3):
+        truth, pairs = pool.inside[target], pool.pairs_for(target)
+
+        def area(attack: LiRA, *of: tuple[int, int], on: int = target) -> float:
+            (inputs, labels), shadows = pool.question.candidates, pool.shadows(of)
+            view: Any = pool.models[on]
+            found = attack(view, candidates=(inputs, labels), shadows=shadows).scores
+            return float(roc_auc_score(pool.inside[on], found))
+
+        few += [area(LiRA(2), pairs[0]), area(LiRA(2), pairs[1])]
+        most.append(area(LiRA(4), *pairs[:2]))
+        assert int(truth.sum()) == len(truth) // 2
+    assert most[0] == pytest.approx(headline)
+    found, row = SMALLEST(100), lira(True, "fixed")
+    assert found[f"{AUC}: {row} | 2"] == pytest.approx(sum(few) / 6)
+    assert found[f"{AUC}: {row} | 4"] == pytest.approx(sum(most) / 3)
+
+
+def test_no_target_is_compared_with_the_model_that_knew_just_the_others() -> None:
+    """Sabotage: whoever had that one would read the members off it."""
+    halves = torch.rand(3, 20, generator=Randomness(0).at("halves")).argsort(dim=1) < 10
+    inside = torch.stack([torch.arange(20) < 10, *(h for half in halves for h in (half, ~half))])
+    nobody: Any = None
+    pool = Pool(nobody, (nobody,) * 7, inside)
+    assert pool.pairs_for(0) == [(1, 2), (3, 4), (5, 6)]
+    for target in range(1, 7):
+        pairs = pool.pairs_for(target)
+        assert len(pairs) == 2 and target not in {i for pair in pairs for i in pair}
+        known = pool.shadows(pairs).inside
+        assert known.sum(dim=0).tolist() == [2] * 20
+        assert not any(torch.equal(mask, ~inside[target]) for mask in known)
+    with pytest.raises(ValueError, match="ask for at most as many"):
+        replace(SMALLEST, num_targets=8)
 
 
 def test_a_curve_is_given_where_ten_non_members_or_more_are_flagged() -> None:

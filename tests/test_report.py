@@ -318,6 +318,17 @@ def test_the_verdict_is_printed_without_drawing_anything(small: Path) -> None:
 # ---- figures
 
 
+def test_what_was_not_measured_is_said_once_for_all_attacks(small: Path) -> None:
+    def remarked(cell: dict[str, Any]) -> dict[str, Any]:
+        told = cell["family"] == "membership" and cell["status"] == "scored"
+        return cell | ({"remarks": ["no TPR at <0.1> %"]} if told else {})
+
+    assert "Not measured" not in page_of(small)
+    edit_cells(small, remarked)
+    page = page_of(small)
+    assert page.count("Not measured, of ") == page.count(": no TPR at &lt;0.1&gt; %.") == 1
+
+
 def test_intervals_equal_those_of_scipy() -> None:
     values = [0.91, 0.95, 0.97, 0.9]
     theirs = stats.t.interval(0.95, 3, stats.tmean(values), stats.sem(values))

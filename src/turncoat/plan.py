@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from turncoat.coalition import Coalition, check_members, check_worn
 from turncoat.describe import fingerprint, key
@@ -478,7 +478,7 @@ def world_of(
     Each has a seed of its own, so that no two share noise, nor a start unless the game says so.
     """
     rng = Randomness(seed).at("world" + fingerprint(game), index)
-    own_seed = int(torch.randint(2**31 - 1, (1,), generator=rng))
+    own_seed = _drawn_seed(rng)
     task, second = game.world(audit.task, *posed, index, rng)
     if game.same_start:
         federation = replace(federation, begin=SameStart(federation.begin, seed))
@@ -488,11 +488,26 @@ def world_of(
 def shadow_run(
     audit: Audit, federation: Federation[Any, Any], game: Any, shadow: int, seed: int
 ) -> tuple[Federation[Any, Any], Task, int]:
-    """Return what a shadow training plays: the federation, the task, and the seed."""
+    """Return what a shadow training plays: the federation, the task, and the seed.
+
+    Each has a seed of its own: start, cohorts, batches, dropout and noise are neither those of the
+    target nor of another shadow. What is drawn of the data stays at the target's seed. A server or
+    client did see the target's start, but does not use it: no attack is told more than its view.
+    """
     posed = pose(audit, federation, game, -1, seed)
     if hasattr(game, "num_suspects"):
         return world_of(audit, federation, game, shadow, seed, posed)[:3]
-    return federation, shadow_task(audit, posed[0].candidates, game, shadow, seed)[0], seed
+    task, _ = shadow_task(audit, posed[0].candidates, game, shadow, seed)
+    return federation, task, shadow_seed(game, shadow, seed)
+
+
+def shadow_seed(game: Any, shadow: int, seed: int) -> int:
+    """Return the seed of one shadow model, drawn from that of the target."""
+    return _drawn_seed(Randomness(seed).at("shadow seed" + fingerprint(game), shadow))
+
+
+def _drawn_seed(rng: Generator) -> int:
+    return int(torch.randint(2**31 - 1, (1,), generator=rng))
 
 
 def order_of(trainings: Mapping[str, Training]) -> Sequence[Training]:

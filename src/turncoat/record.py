@@ -347,6 +347,7 @@ def _cell_record(folder: AuditFolder, planned: Mapping[str, Any]) -> dict[str, A
         record |= {f"{other.name}_{k}": getattr(other, k) for k in ("baseline", "low", "high")}
     shown = folder.exhibits(planned["key"])
     exhibits = str(shown.relative_to(folder.path)) if shown.exists() else None
+    record["remarks"] = list(marked.remarks)
     return record | ends | {"seconds": seconds, "exhibits": exhibits}
 
 
@@ -444,6 +445,7 @@ def write_cell(folder: AuditFolder, name: str, marked: Marked, seconds: float) -
         "schema_version": SCHEMA_VERSION,
         "headline": asdict(marked.headline),
         "others": [asdict(m) for m in marked.others],
+        "remarks": list(marked.remarks),
         "exhibits": bool(marked.exhibits),
         "seconds": seconds,
     }
@@ -459,7 +461,8 @@ def read_cell(folder: AuditFolder, name: str) -> tuple[Scored, float] | None:
             return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Scored(Marked(headline, tuple(others))), float(saved["seconds"])
+    marked = Marked(headline, tuple(others), remarks=tuple(saved.get("remarks", ())))
+    return Scored(marked), float(saved["seconds"])
 
 
 def note_failure(path: Path, error: str | None) -> None:

@@ -78,11 +78,13 @@ class Marked:
     """What a game says of a guess: one figure to lead with, more, and what can be shown.
 
     ``exhibits`` are tensors for the report, by the names that it knows (see docs/report.md).
+    ``remarks`` say what is not among the figures, and why: each half a sentence.
     """
 
     headline: Measurement
     others: tuple[Measurement, ...] = ()
     exhibits: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    remarks: tuple[str, ...] = ()
 
 
 class Game(Protocol[G_contra]):

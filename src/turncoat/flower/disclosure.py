@@ -73,6 +73,7 @@ def disclose(job: Mapping[str, Any]) -> dict[str, Any]:
         found["cells"][attack] = {
             "headline": asdict(marked.headline),
             "others": [asdict(m) for m in marked.others],
+            "remarks": list(marked.remarks),
             "exhibits": bool(marked.exhibits),
         }
     return found

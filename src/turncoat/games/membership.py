@@ -52,7 +52,8 @@ class Membership:
     """Tell records of clients that took part from held-out ones. Marked by AUC; chance is 0.5.
 
     The true-positive rate at 1 % false positives is given with 100 non-members or more, that at
-    0.1 % with 10,000 or more. Its interval takes the threshold as given.
+    0.1 % with 10,000 or more; a remark says which one is left out. Its interval takes the
+    threshold as given.
 
     Args:
         num_candidates: Half members, half not; None for as many as there are.
@@ -130,10 +131,17 @@ class Membership:
             for name, fpr, needed in _NEEDED
             if len(outs) >= needed
         )
+        remarks = tuple(
+            f"no TPR at {100 * fpr:g} % FPR: it needs {needed:,} non-members, and there are "
+            f"{len(outs):,}"
+            for _, fpr, needed in _NEEDED
+            if len(outs) < needed
+        )
         return Marked(
             Measurement("auc", auc(ins, outs), 0.5, *delong(ins, outs), worst=1.0),
             rates,
             {"roc_fpr": roc.fpr, "roc_tpr": roc.tpr},
+            remarks,
         )
 
 

@@ -39,7 +39,7 @@ def combined(marks: Sequence[Marked], away: Sequence[int]) -> Marked:
         for steps in sorted(set(away))
     ]
     others = [_mean(column) for column in columns]
-    return Marked(whole, (*others, *by_distance), marks[0].exhibits)
+    return Marked(whole, (*others, *by_distance), marks[0].exhibits, marks[0].remarks)
 
 
 def _mean(found: Sequence[Measurement]) -> Measurement:

@@ -113,6 +113,7 @@ def _render(
         emphasised=emphasised,
         groups=_groups(matrix),
         footnotes=_footnotes(record, matrix),
+        remarks=_remarks(matrix),
         not_tried=NOT_TRIED,
         missing=sum(num_missing(square) for square in matrix.values()),
         total=sum(1 if s.status == "blocked" else s.num_planned for s in matrix.values()),
@@ -220,6 +221,16 @@ def _footnotes(record: Record, matrix: Matrix) -> Footnotes:
         found.notes.append(Note(number, kind, seat, where, items, then))
         found.of |= {(attack, seat, d): number for attack, _ in items for d in behind}
     return found
+
+
+def _remarks(matrix: Matrix) -> dict[str, list[str]]:
+    """Return what was not measured, and of which attacks that is true."""
+    said: dict[str, list[str]] = {}
+    for square in matrix.values():
+        for remark in square.remarks:
+            if square.attack not in (attacks := said.setdefault(remark, [])):
+                attacks.append(square.attack)
+    return said
 
 
 def _kind(square: Square) -> str:

@@ -68,6 +68,7 @@ class Square:
         num_seeds: How many seeds were scored, of ``num_planned``.
         says: Why it is blocked, or what went wrong.
         exhibits: Paths within the folder, one for each scored seed that has something to show.
+        remarks: What the game did not measure, and why; of all seeds.
     """
 
     defence: str
@@ -82,6 +83,7 @@ class Square:
     num_failed: int = 0
     says: str = ""
     exhibits: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def success(self) -> float:
@@ -152,6 +154,7 @@ def _pool(defence: str, attack: str, seat: str, cells: Sequence[Row], planned: i
             beats=_beats(scored),
             num_seeds=len(scored),
             exhibits=tuple(str(c["exhibits"]) for c in scored if c.get("exhibits")),
+            remarks=tuple(dict.fromkeys(str(r) for c in scored for r in c.get("remarks") or ())),
         )
     if blocked and not failed:
         reasons = (str(c["reason"]) for c in blocked if c.get("reason"))

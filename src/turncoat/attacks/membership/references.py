@@ -32,7 +32,7 @@ class PopulationAttack:
         for label in sorted(set(candidates[1].tolist())):
             mine, alike = candidates[1] == label, population[1] == label
             among = theirs[alike] if alike.any() else theirs
-            scores[mine] = _shares_below(ours[mine], among)
+            scores[mine] = shares_below(ours[mine], among)
         return Memberships(scores)
 
 
@@ -87,7 +87,7 @@ def without_record(
     return models, ~shadows.inside.to(models.device)
 
 
-def _shares_below(values: Tensor, among: Tensor) -> Tensor:
+def shares_below(values: Tensor, among: Tensor) -> Tensor:
     """Return which share of ``among`` each value exceeds; of those that tie, half."""
     ordered = among.sort().values
     below = torch.searchsorted(ordered, values)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from turncoat.attacks.membership.references import without_record
+from turncoat.attacks.membership.references import shares_below, without_record
 from turncoat.task import Batch
 from turncoat.trial import Memberships
 from turncoat.validate import at_least, positive
@@ -23,6 +23,10 @@ class RMIA:
     without ``x`` are known, and ``P(x)`` is ``((1 + a) p_out(x) + (1 - a)) / 2``. Of ``z``, which
     nobody trained on, ``P`` is always that of models without it.
 
+    How much better models with a record know it, ``a`` says. Unless it is given, the first two
+    shadow models are attacked in the target's place, with the others, and the ``a`` of 0, 0.1, ...,
+    1 counts that tells their members best from the population, by area.
+
     Differs from the paper: shares that tie are told apart by how much ``r(x)`` is, which changes
     the order of none that do not.
 
@@ -30,7 +34,8 @@ class RMIA:
         num_shadows: Models to train, each on a random half of the candidates.
         online: Whether models that trained on the record count too.
         gamma: How much likelier.
-        a: How much better models with a record know it; the paper's for CIFAR-10. Offline only.
+        a: In [0, 1], for those who do not want it fitted; the paper's for CIFAR-10 is 0.3. Offline
+            only.
 
     .. [1] Zarifzadeh et al., ICML 2024, eq. (4) and (10). https://arxiv.org/abs/2312.03262
     """
@@ -38,12 +43,12 @@ class RMIA:
     num_shadows: int = 2
     online: bool = False
     gamma: float = 1.0
-    a: float = 0.3
+    a: float | None = None
 
     def __post_init__(self) -> None:
         at_least(2, self, num_shadows=self.num_shadows)
         positive(self, gamma=self.gamma)
-        if not 0 <= self.a <= 1:
+        if self.a is not None and not 0 <= self.a <= 1:
             raise ValueError(f"RMIA: a must lie in [0, 1]; it is {self.a!r}")
 
     def __call__(
@@ -58,23 +63,44 @@ class RMIA:
         assert shadows is not None  # or ``without_record`` has said so
         knows = torch.stack([_probability(s, candidates) for s in shadows.models])
         strangers = torch.stack([_probability(s, population) for s in shadows.models])
-        x = _probability(view, candidates) / self._usual(knows, outside)
-        z = _probability(view, population) / self._usual(strangers, torch.ones_like(strangers) > 0)
+        a = _fitted(knows, outside, strangers) if self.a is None else self.a
+        everyone = torch.ones_like(strangers) > 0
+        x = _probability(view, candidates) / self._usual(knows, outside, a)
+        z = _probability(view, population) / self._usual(strangers, everyone, a)
         ordered = (z * self.gamma).sort().values
         above = torch.searchsorted(ordered, x, right=True).double() / len(ordered)
         return Memberships(above + x / (1 + x) / len(ordered) / 2)
 
-    def _usual(self, probs: Tensor, outside: Tensor) -> Tensor:
+    def _usual(self, probs: Tensor, outside: Tensor, a: float) -> Tensor:
         """Return ``P`` of each record. Shape: ``(records,)``."""
         out = _mean(probs, outside)
+        offline = _offline(out, a)
         if self.online:
             inside = ~outside
             both = (out + _mean(probs, inside)) / 2
-            return torch.where(inside.any(dim=0), both, self._offline(out)).clamp(min=1e-30)
-        return self._offline(out).clamp(min=1e-30)
+            return torch.where(inside.any(dim=0), both, offline).clamp(min=1e-30)
+        return offline.clamp(min=1e-30)
 
-    def _offline(self, out: Tensor) -> Tensor:
-        return ((1 + self.a) * out + (1 - self.a)) / 2
+
+def _offline(out: Tensor, a: float) -> Tensor:
+    return ((1 + a) * out + (1 - a)) / 2
+
+
+def _fitted(knows: Tensor, outside: Tensor, strangers: Tensor) -> float:
+    """Return the ``a`` by which shadows in the target's place are attacked best; 0 if none."""
+    reached = torch.zeros(11, dtype=torch.float64)
+    for target in range(2):
+        others = torch.arange(len(knows)) != target
+        members = ~outside[target] & outside[others].any(dim=0)
+        if not members.any():
+            continue
+        usual = _mean(knows[others], outside[others])[members]
+        usual_z = strangers[others].mean(dim=0)
+        for i in range(11):
+            x = knows[target, members] / _offline(usual, i / 10).clamp(min=1e-30)
+            z = strangers[target] / _offline(usual_z, i / 10).clamp(min=1e-30)
+            reached[i] += shares_below(x, z).mean()
+    return int(reached.argmax()) / 10
 
 
 def _mean(probs: Tensor, among: Tensor) -> Tensor:
