@@ -30,7 +30,7 @@ from turncoat.federation import Federation, Plain, PoissonSample, WhiteBox
 from turncoat.games.membership import Membership
 from turncoat.messages import Votes
 from turncoat.metrics.auditing import epsilon_of_rates
-from turncoat.plan import Audit, Entry, plan
+from turncoat.plan import Audit, Entry, plan, shadow_seed
 from turncoat.privacy import Private, guarantees
 from turncoat.randomness import Randomness
 from turncoat.record import AuditFolder
@@ -334,7 +334,11 @@ def test_shadows_are_distilled_or_taught_as_the_target_was(played: Played) -> No
         federation = audit.federations[cell.defence]
         trained = [read_tensors(there.state(k))[0]["params"] for k in cell.shadows]
         given = [view.params for view in SEEN[list(audit.federations).index(cell.defence)]]
-        due = [remade(federation, audit.task, params, 0) for params in trained]
+        trial: Any = audit.entries[cell.attack].trial
+        due = [
+            remade(federation, audit.task, params, shadow_seed(trial.game, i, 0))
+            for i, params in enumerate(trained)
+        ]
         assert all(map(torch.equal, given, due))
         assert (cell.defence == "none") == all(
             t.shape == g.shape and torch.equal(t, g) for t, g in zip(trained, given, strict=True)

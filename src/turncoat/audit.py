@@ -42,6 +42,7 @@ from turncoat.plan import (
     pose,
     remakers,
     shadow_run,
+    shadow_seed,
     shadow_task,
     watch_of,
     world_of,
@@ -679,7 +680,8 @@ def _shadows(
     for i, k in enumerate(cell.shadows):
         params = federation.held(_params(folder, k), trial.by)
         if cell.seat is Seat.USER:  # who knows how the model is remade does the same to shadows
-            params = remade(federation, audit.task, params, cell.seed)
+            own = shadow_seed(trial.game, i, cell.seed)
+            params = remade(federation, audit.task, params, own)
         models.append(ModelView(audit.task.model, params))
         inside.append(shadow_task(audit, question.candidates, trial.game, i, cell.seed)[1])
     return Shadows(tuple(models), torch.stack(inside))
