@@ -40,7 +40,7 @@ from turncoat.attacks.inversion.gradient_inversion import (
     InvertingGradients,
 )
 from turncoat.attacks.inversion.labels import BiasCorrected, Counts, Given, Joint, LowestEntry
-from turncoat.attacks.inversion.objectives import L1, L2, Cosine
+from turncoat.attacks.inversion.objectives import L1, L2, Apart, Cosine
 from turncoat.attacks.inversion.optimisers import LBFGS, Adam, SignedAdam
 from turncoat.attacks.inversion.priors import TotalVariation
 from turncoat.attacks.inversion.starts import Constant, Gaussian, Uniform
@@ -495,6 +495,24 @@ def test_l_bfgs_keeps_the_last_finite_guess() -> None:
 
     whole = recipe(optimiser=LBFGS(2), priors=(Cliff(),), start=Constant(0.25))
     assert torch.equal(invert(found, whole, rng=rng()).inputs, torch.full((1, 1, 8, 8), 0.25))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([0.0, 1.0]))
+def test_the_slope_of_one_guess_by_hand_is_that_of_several_bit_by_bit(
+    seed: int, scale: float
+) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    shapes = [(40_000, 2), (3,), (2, 5, 5)]
+    seen = Apart.of(torch.randn(80_053, generator=rng), shapes)
+
+    def slopes(target: tuple[Tensor, ...]) -> list[Tensor]:
+        found = [scale * torch.ones(shape).requires_grad_() for shape in shapes]
+        guess = [f * t.roll(1) for f, t in zip(found, seen, strict=True)]
+        cost = Cosine()(guess, target)
+        return [cost, *torch.autograd.grad(3 * cost, guess)]
+
+    assert all(map(torch.equal, slopes(seen), slopes(tuple(seen))))
 
 
 # compiling

@@ -36,6 +36,8 @@ class Plain:
         self.learner, self.model = learner, model
         named = model.module.named_parameters()
         self.leaves: dict[str, Tensor] = {n: p for n, p in named if p.requires_grad}
+        for leaf in self.leaves.values():  # nobody steps: convolutions like memory of its own
+            leaf.data = leaf.data.clone()
 
     def __call__(
         self, away: Sequence[Tensor] | None, images: Tensor, labels: Tensor, watch: bool

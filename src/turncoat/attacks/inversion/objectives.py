@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+_AT_ONCE = 1 << 16  # entries of a vector that stay in the cache for several operations
 
 
 @dataclass(frozen=True)
@@ -19,9 +24,12 @@ class Cosine:
     """
 
     def __call__(self, guessed: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
+        if isinstance(target, Apart):  # one guess at a time: the slope by hand
+            fused: Tensor = _apply(_OneLessCosine, target, *guessed)
+            return fused
         a, b = flat(guessed), flat(target)
-        cosine: Tensor = a.dot(b) / (a.norm() * b.norm()).clamp(min=1e-12)
-        return 1 - cosine
+        apart: Tensor = 1 - a.dot(b) / (a.norm() * b.norm()).clamp(min=1e-12)
+        return apart
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,11 @@ class Apart(tuple[Tensor, ...]):
 
     whole: Tensor
 
+    @cached_property
+    def norm(self) -> Tensor:
+        norm: Tensor = self.whole.norm()
+        return norm
+
     @classmethod
     def of(cls, whole: Tensor, shapes: Iterable[Sequence[int]]) -> Self:
         """Return consecutive stretches of ``whole`` in these shapes: views."""
@@ -81,6 +94,39 @@ class Apart(tuple[Tensor, ...]):
         made = cls(parts)
         made.whole = whole
         return made
+
+
+def _apply(function: Any, *args: Any) -> Any:
+    return function.apply(*args)
+
+
+class _OneLessCosine(Function):
+    """``1 - cos``, bit by bit as without it, but with half the way through memory."""
+
+    @staticmethod
+    def forward(ctx: Any, target: Apart, *guessed: Tensor) -> Tensor:
+        whole = flat(guessed)
+        with torch.enable_grad():
+            dot, norm = (t.requires_grad_() for t in (whole.dot(target.whole), whole.norm()))
+            cost: Tensor = 1 - dot / (norm * target.norm).clamp(min=1e-12)
+        ctx.scalars = cost, dot, norm
+        ctx.target, ctx.shapes = target, [g.shape for g in guessed]
+        ctx.save_for_backward(whole)
+        return cost.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> Any:
+        (whole,), (cost, dot, norm) = ctx.saved_tensors, ctx.scalars
+        along, away = torch.autograd.grad(cost, (dot, norm), slope, retain_graph=True)
+        made = torch.empty_like(whole)
+        parts = (t.split(_AT_ONCE) for t in (made, whole, ctx.target.whole))
+        with torch.no_grad():
+            for into, of, seen in zip(*parts, strict=True):
+                torch.div(of, norm, out=into)
+                into.zero_() if norm == 0 else into.mul_(away)
+                into.add_(seen * along)
+        return None, *Apart.of(made, ctx.shapes)
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
