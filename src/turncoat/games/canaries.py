@@ -20,7 +20,7 @@ from turncoat.trial import Marked, Measurement, Memberships
 from turncoat.validate import at_least, positive
 
 _SAYS = (
-    "{who} can tell canaries apart so well that ε for each %s is {value} {interval} or more, where "
+    "{who} can tell canaries apart so well that ε for each %s is {value} or more {interval}, where "
     "{baseline} is claimed (0: nothing is)."
 )
 

@@ -181,6 +181,8 @@ def _sentence(record: Record, square: Square, who: str) -> str:
     )
     known = figure.low is not None and figure.high is not None
     interval = f"(95 % interval {figure.interval})" if known else ""
+    if figure.low == figure.value == figure.high and figure.name.endswith("lower_bound"):
+        interval = "(with 95 % confidence)"  # a bound has no interval of its own
     text = words.spoken(
         says, who=who, value=figure.text, interval=interval, baseline=figure.base
     ).rstrip()
