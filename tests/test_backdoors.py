@@ -460,8 +460,9 @@ def test_projection_is_taken_every_few_steps_and_not_only_at_the_end() -> None:
 
 
 def test_a_backdoor_in_the_ball_passes_the_bound_that_stops_a_boosted_one() -> None:
-    outcome = EdgeCaseSuccess(Tail(3, 0.3), 8)
-    poison = EdgeCase(edge=Tail(3, 0.3), target=8, share=0.5)
+    tail = Tail(3, 0.8)  # of fewer, two or three more are chance
+    outcome = EdgeCaseSuccess(tail, 8)
+    poison = EdgeCase(edge=tail, target=8, share=0.5)
     ball = PGDBackdoor(poison=poison, inner=PATIENT, radius=0.5)
     ids = (0, 1)
     within = marked(outcome, BOUND, ids=ids, train=ball)
