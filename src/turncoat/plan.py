@@ -306,7 +306,8 @@ def remakers(federation: Federation[Any, Any]) -> list[Any]:
 def shadow_key(
     audit: Audit, federation: Federation[Any, Any], seed: int, game: Any, shadow: int
 ) -> str:
-    return key(trained(federation), audit.task_key, audit.num_rounds, seed, game, shadow)
+    own = shadow_seed(game, shadow, seed)  # models of another way to draw seeds are not these
+    return key(trained(federation), audit.task_key, audit.num_rounds, seed, game, shadow, own)
 
 
 def planted_key(audit: Audit, federation: Federation[Any, Any], seed: int, game: Any) -> str:
