@@ -11,6 +11,7 @@ from turncoat.activations import read_by
 from turncoat.messages import Update
 from turncoat.stage import Release, Train, call
 from turncoat.stages.release.mending import share_right, trusted
+from turncoat.stages.release.remaking import hand_out
 from turncoat.stages.train.local import LocalSGD
 from turncoat.task import Batch, Model
 from turncoat.validate import fraction
@@ -49,9 +50,7 @@ class FinePruning(Generic[V]):
         fraction(self, max_drop=self.max_drop)
 
     def __call__(self, model: Model, params: Tensor, *, rng: Generator, public: Batch | None) -> V:
-        mended = self.remade(model, params, rng=rng, public=public)
-        released: V = call(self.inner, model, mended, rng=rng, public=public)
-        return released
+        return hand_out(self, model, params, rng=rng, public=public)
 
     def remade(
         self, model: Model, params: Tensor, *, rng: Generator, public: Batch | None

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from turncoat.messages import Update
 from turncoat.stage import Release, Train, call
 from turncoat.stages.release.mending import trusted
+from turncoat.stages.release.remaking import hand_out
 from turncoat.stages.train.local import LocalSGD
 from turncoat.task import Batch, Model
 from turncoat.validate import at_least, fraction, positive
@@ -94,9 +95,7 @@ class NeuralCleanse(Generic[V]):
         at_least(3, self, min_classes=self.min_classes)
 
     def __call__(self, model: Model, params: Tensor, *, rng: Generator, public: Batch | None) -> V:
-        mended = self.remade(model, params, rng=rng, public=public)
-        released: V = call(self.inner, model, mended, rng=rng, public=public)
-        return released
+        return hand_out(self, model, params, rng=rng, public=public)
 
     def remade(
         self, model: Model, params: Tensor, *, rng: Generator, public: Batch | None

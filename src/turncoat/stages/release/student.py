@@ -13,6 +13,7 @@ from turncoat.messages import Update
 from turncoat.stage import Release, Train, call
 from turncoat.stages.begin.unanswered import answers_due
 from turncoat.stages.release.mending import trusted
+from turncoat.stages.release.remaking import hand_out
 from turncoat.stages.train.local import LocalSGD
 from turncoat.task import Batch, Model
 from turncoat.validate import fraction, positive
@@ -42,9 +43,7 @@ class Student(Generic[V]):
     tuning: Train[Update] = _STUDYING
 
     def __call__(self, model: Model, params: Tensor, *, rng: Generator, public: Batch | None) -> V:
-        student = self.remade(model, params, rng=rng, public=public)
-        released: V = call(self.inner, model, student, rng=rng, public=public)
-        return released
+        return hand_out(self, model, params, rng=rng, public=public)
 
     def remade(
         self, model: Model, params: Tensor, *, rng: Generator, public: Batch | None
@@ -65,8 +64,7 @@ class Student(Generic[V]):
         heard = answers.amax(dim=1) > 0
         data = public[0][heard], answers[heard].argmax(dim=1)
         start = model.initial(rng).to(params)
-        update: Update = call(self.tuning, model, start, data, rng=rng, public=None)
-        return start + update.delta
+        return _taught(self.tuning, model, start, data, rng)
 
 
 @dataclass(frozen=True)
@@ -104,9 +102,7 @@ class Distilled(Generic[V]):
         fraction(self, share=self.share)
 
     def __call__(self, model: Model, params: Tensor, *, rng: Generator, public: Batch | None) -> V:
-        student = self.remade(model, params, rng=rng, public=public)
-        released: V = call(self.inner, model, student, rng=rng, public=public)
-        return released
+        return hand_out(self, model, params, rng=rng, public=public)
 
     def remade(
         self, model: Model, params: Tensor, *, rng: Generator, public: Batch | None
@@ -125,8 +121,7 @@ class Distilled(Generic[V]):
         inputs, _ = trusted(self, public)
         data = self.answers(model, params, inputs)
         start = model.initial(rng).to(params)
-        update: Update = call(self.tuning, model, start, data, rng=rng, public=None)
-        return start + update.delta
+        return _taught(self.tuning, model, start, data, rng)
 
     def answers(self, model: Model, params: Tensor, inputs: Tensor) -> Batch:
         """Return the inputs that are kept, in their order, and soft labels: ``(n, classes)``."""
@@ -138,3 +133,10 @@ class Distilled(Generic[V]):
         num = max(1, round(self.share * len(inputs)))
         kept = entropy.argsort(stable=True)[:num].sort().values
         return inputs[kept], (logits[kept] / self.temperature).softmax(dim=1)
+
+
+def _taught(
+    tuning: Train[Update], model: Model, start: Tensor, data: Batch, rng: Generator
+) -> Tensor:
+    update: Update = call(tuning, model, start, data, rng=rng, public=None)
+    return start + update.delta
