@@ -26,10 +26,10 @@ from turncoat.report.verdict import (
     Matrix,
     Verdict,
     column,
+    furthest,
     judge,
     reach,
     still_can,
-    strongest,
 )
 
 _HERE = Path(__file__).parent
@@ -284,7 +284,7 @@ def _draw(
                 slug(f"tradeoff {seat}"),
                 words.who(seat),
                 [prices[name] for name in names],
-                [strongest(reach(record, matrix, seat, name)) for name in names],
+                [furthest(reach(record, matrix, seat, name)) for name in names],
                 record.metric,
             )
             for seat in _groups(matrix)
