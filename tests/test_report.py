@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -280,7 +280,7 @@ def test_of_two_defences_as_good_the_cheaper_is_named(small: Path) -> None:
     assert seat(small, "user").defence == max(quality, key=lambda name: quality[name])
 
 
-def two_attacks(folder: Path, found: dict[str, tuple[tuple[float, bool], ...]]) -> Path:
+def two_attacks(folder: Path, found: Mapping[str, Sequence[tuple[float, bool]]]) -> Path:
     """Write an audit in which the success of ALIE and of a sign flip is made up, by defence.
 
     Each is the success, and whether it surely is one; the federation as it is loses all to both.
@@ -625,6 +625,23 @@ def test_a_person_can_judge_what_a_reconstruction_is_worth(whole: Path) -> None:
         assert said in gallery
     strangers = gallery.count("a public image of the class, likest to")
     assert strangers == len(captions)
+
+
+def test_the_gallery_explains_what_it_shows_and_shows_a_trigger_once(
+    whole: Path, tmp_path: Path
+) -> None:
+    rebuilt, planted = "The same records before and after", "Inputs with the trigger"
+    assert rebuilt in page_of(whole) and planted in page_of(whole)
+    folder = write_audit(
+        tmp_path / "audit", num_seeds=1, defences=("none",), attacks=("model-replacement",)
+    )
+    rows = read_rows(folder / "cells.jsonl")
+    write_rows(folder / "cells.jsonl", rows + [row | {"attack": "pgd"} for row in rows])
+    edit_plan(folder, lambda p: p["attacks"].append(p["attacks"][0] | {"name": "pgd"}))
+    text = page_of(folder)
+    assert planted in text and rebuilt not in text
+    assert text.count('class="hall"') == 1
+    assert "model-replacement and pgd <span>" in text
 
 
 def test_defences_are_ranked_by_the_worst_that_is_left(whole: Path) -> None:
