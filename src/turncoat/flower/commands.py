@@ -39,7 +39,8 @@ def audit(
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds to run.")] = None,
     nodes: Annotated[int | None, typer.Option(min=2, help="Nodes to run it on.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="The app's model, as module:factory: to invert updates.")
+        str | None,
+        typer.Option(help="The app's model, as module:factory; it lets updates be inverted."),
     ] = None,
     data: Annotated[
         str | None,
