@@ -386,6 +386,13 @@ def test_a_folder_that_cannot_be_made_is_refused(where: str, tmp_path: Path) -> 
     assert "cannot write to" in said and "choose another --out" in said
 
 
+@pytest.mark.parametrize("where", ["small.toml", "small.toml/app"])
+def test_an_app_that_cannot_be_written_is_refused_in_words(where: str, tmp_path: Path) -> None:
+    file = written(tmp_path)
+    said = turncoat("flower", "export", file, tmp_path / where, code=Exit.BAD_FOLDER).output
+    assert "error: cannot write to " in said and "choose another DIR" in said
+
+
 def test_a_folder_of_something_else_is_refused(copied: Path) -> None:
     file = written(copied.parent)
     said = audit(file, copied, "--set", "rounds=3", code=Exit.BAD_FOLDER)
