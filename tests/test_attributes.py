@@ -187,6 +187,17 @@ def test_csmia_takes_its_three_cases() -> None:
     assert said([0.9, 0.1], [0.6, 0.4]) == 1  # none is: the less sure
 
 
+def test_fredrikson_weighs_how_often_the_model_errs_so_with_the_prior() -> None:
+    """By hand: of 98 records of class 0 none is called 1; every pair is counted once more."""
+    view: Any = Table(torch.tensor([[0.9, 0.1], [0.3, 0.7]]))
+    rows, labels = torch.zeros(1, 2), torch.tensor([0])
+    mostly_zero = torch.zeros(98, 2), torch.zeros(98, dtype=torch.long)
+    found = FredriksonAttribute()(
+        view, rows=rows, labels=labels, hidden=BINARY, population=mostly_zero
+    ).scores
+    assert found[0].tolist() == pytest.approx([0.99 * 99 / 100, 0.01 * 1 / 100])
+
+
 def test_yeom_weighs_the_answer_with_the_prior() -> None:
     view: Any = Table(torch.tensor([[0.4, 0.6], [0.3, 0.7]]))
     rows, labels = torch.zeros(1, 2), torch.tensor([1])

@@ -108,14 +108,37 @@ def test_help_answers_at_once_and_imports_no_torch() -> None:
     assert "Exit codes" in said.stdout and "130" in said.stdout
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["audit"], "A TOML file, or the name of an audit that comes along; without: digits."),
+        (["calibrate"], "A TOML file, or the name of one that comes along."),
+        (["explain"], "A TOML file, or the name of an audit that comes along; without: digits."),
+        (["list"], "What to list."),
+        (["report"], "The folder of an audit."),
+        (["flower", "audit"], "The folder of an app: its pyproject.toml."),
+        (["flower", "audit"], "The app's model, as module:factory; it lets updates be inverted."),
+        (["flower", "export"], "A TOML file of Turncoat's."),
+    ],
+)
+def test_the_help_of_a_command_explains_its_arguments(
+    command: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Typer 0.20 loses the help of arguments with click 8.5, and takes ``:word:`` for a picture."""
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 400)
+    assert said in turncoat(*command, "--help", code=Exit.DONE).stdout
+
+
 @pytest.mark.parametrize("kind", ["attacks", "defences", "tasks"])
 def test_what_there_is_can_be_read_by_a_program(kind: str) -> None:
     found = json.loads(turncoat("list", kind, "--json", code=Exit.DONE).stdout)
     assert found and all({"name", "place", "summary", "options", "use"} <= f.keys() for f in found)
+    assert not any("]_" in f["summary"] or "``" in f["summary"] for f in found)
 
 
 KRUM = ('defences = ["none"]', 'defences = ["none", "krum"]')
-ODD_SEATS = ('use = "sign-flip"', 'use = "sign-flip"\nseats = ["user"]')
+ODD_SEATS = ('use = "sign-flip"', 'use = "sign-flip"\nseats = ["coalition", "user"]')
+BLIND = ('seats = ["user"]', 'seats = ["user", "coalition"]')
 NEVER = ('use = "sign-flip"', 'use = "sign-flip"\nacts = { use = "once", at = 9 }')
 ROUND_9 = (
     'use = "loss-threshold"\nseats = ["user"]',
@@ -148,6 +171,24 @@ BAD: dict[str, tuple[list[tuple[str, str]], str]] = {
     "a round that is not": ([ROUND_9], "is at round 9, but the rounds are 0 to 1"),
     "an attack that never acts": ([NEVER], "'flip' never happens: Once(at=9) is in none of the"),
     "a seat that is not the attack's": ([ODD_SEATS], "is played by the coalition alone"),
+    "a seat that watches nothing": (
+        [BLIND],
+        "[attack.loss.seats]: LossThreshold watches, and nothing is watched at the seat "
+        "'coalition': name server, client, peer, user or neighbour, or leave 'seats' out",
+    ),
+    "a stage that is missing": (
+        [('channel = "plain"', "")],
+        "[federation] lacks the stage 'channel': name one, such as 'plain'",
+    ),
+    "a stage in another's place": (
+        [('channel = "plain"', 'channel = "median"')],
+        "Median() cannot stand at channel, the place that dresses a payload: it takes (messages: "
+        "collections.abc.Sequence[turncoat.messages.Clear]); put it at aggregate",
+    ),
+    "a file that is not there": (
+        [('"loss-threshold"', '"mine.py:Mine"')],
+        "small.toml: [attack.loss]: there is no file ",
+    ),
     "a seed twice": ([("rounds = 2", "rounds = 2\nseeds = [0, 0]")], "names one seed twice"),
     "no seed": ([("rounds = 2", "rounds = 2\nseeds = []")], "names no seed"),
     "seeds in words": ([("rounds = 2", "rounds = 2\nseeds = 'x'")], "say how many, or list them"),
@@ -345,6 +386,13 @@ def test_a_folder_that_cannot_be_made_is_refused(where: str, tmp_path: Path) -> 
     assert "cannot write to" in said and "choose another --out" in said
 
 
+@pytest.mark.parametrize("where", ["small.toml", "small.toml/app"])
+def test_an_app_that_cannot_be_written_is_refused_in_words(where: str, tmp_path: Path) -> None:
+    file = written(tmp_path)
+    said = turncoat("flower", "export", file, tmp_path / where, code=Exit.BAD_FOLDER).output
+    assert "error: cannot write to " in said and "choose another DIR" in said
+
+
 def test_a_folder_of_something_else_is_refused(copied: Path) -> None:
     file = written(copied.parent)
     said = audit(file, copied, "--set", "rounds=3", code=Exit.BAD_FOLDER)
@@ -480,7 +528,7 @@ def test_whoever_ends_an_audit_leaves_no_worker_behind(how: str, tmp_path: Path)
 
 
 def test_strange_names_stay_text(tmp_path: Path) -> None:
-    name = "<script>alert(1)</script> [red]ü 日本 " + "x" * 200
+    name = "<script>alert(1)</script> [red]ü :bomb: 日本 " + "x" * 200
     changes = (('"small"', f'"{name}"'), ("[attack.loss]", f'[attack."{name}"]'))
     said = audit(written(tmp_path, *changes), tmp_path / "out")
     assert name in said

@@ -54,6 +54,17 @@ class Still:
         return Update(torch.full_like(start, self.size), 1.0)
 
 
+@dataclass(frozen=True)
+class Mixed:
+    """Client 0 sends all it may, the others nothing."""
+
+    weights: tuple[float, ...] = (1.0,) * NUM_CLIENTS
+
+    def __call__(self, model: Model, start: Tensor, data: Batch, *, envelope: Envelope) -> Update:
+        size = 9.0 * (envelope.sender == 0)
+        return Update(torch.full_like(start, size), self.weights[envelope.sender])
+
+
 SHARES = DistributedNoise(2.0, 0.8, NUM_CLIENTS, SecureAggregation())
 
 
@@ -111,6 +122,15 @@ def test_members_who_leave_their_share_out_weaken_the_sum_by_what_is_stated() ->
 def test_no_update_weighs_more_than_its_bound() -> None:
     moved, _ = step(replace(SHARES, noise_multiplier=0.0), Still(size=1e3))
     assert float(moved.norm()) == pytest.approx(2.0, rel=1e-5)
+
+
+def test_a_client_with_many_records_weighs_no_more_than_its_noise_covers() -> None:
+    """Weighed by what it claims, one client could move the mean by far more than its bound."""
+    heavy = (1_000.0,) + (1.0,) * (NUM_CLIENTS - 1)
+    none = replace(SHARES, noise_multiplier=0.0)
+    moved = [step(none, Mixed(weights=w))[0] for w in (heavy, Mixed.weights)]
+    assert float(moved[0].norm()) == pytest.approx(2.0 / NUM_CLIENTS, rel=1e-3)
+    torch.testing.assert_close(moved[0], moved[1])
 
 
 def test_epsilon_is_that_of_the_central_rule_and_holds_against_the_server_too() -> None:

@@ -283,10 +283,20 @@ def test_influence_is_a_product_of_gradients() -> None:
 
     known = torch.stack([gradient(trusted, j) for j in range(20)])
     known = known / known.norm(dim=1, keepdim=True)
-    for i, value in enumerate(influences(task.model, params, some, trusted)[0]):
+    classes = set(trusted[1].tolist())
+    given, usual = influences(task.model, params, some, trusted)
+    for i, value in enumerate(given):
         products = known @ gradient(some, i)
-        worst = min(float(products[trusted[1] == c].mean()) for c in set(trusted[1].tolist()))
+        worst = min(float(products[trusted[1] == c].mean()) for c in classes)
         assert float(value) == pytest.approx(worst, rel=1e-3, abs=1e-6)
+    assert len(given) == 3 and len(usual) == 20
+    one = trusted[1] == trusted[1][0]  # of one class: what a record does to itself says nothing
+    alike = trusted[0][one], trusted[1][one]
+    units = known[one]
+    for j, value in enumerate(influences(task.model, params, some, alike)[1]):
+        products = units @ gradient(alike, j)
+        products[j] = 0
+        assert float(value) == pytest.approx(float(products.mean()), rel=1e-3, abs=1e-6)
 
 
 def test_features_are_what_the_last_layer_reads() -> None:

@@ -28,7 +28,11 @@ from turncoat.trial import Memberships
 ROOT = Path(__file__).parents[1]
 CONFIG = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", "docs/config.md", "docs/tasks.md", "docs/report.md")
+PAGES = sorted(
+    str(page.relative_to(ROOT))
+    for pattern in ("*.md", "docs/*.md", "papers/*.md")
+    for page in ROOT.glob(pattern)
+)
 
 BASE = {
     "task": '[task]\nuse = "digits"\nnum_clients = 8\nmodel = { use = "mlp", hidden = [8] }\n',
@@ -78,16 +82,27 @@ def test_every_key_and_every_short_name_without_a_list_is_on_the_page() -> None:
     assert not missing
 
 
+def test_every_part_is_named_on_some_page() -> None:
+    text = "\n".join((ROOT / p).read_text(encoding="utf-8") for p in PAGES if "papers" not in p)
+    names = {name for kind in parts.PARTS.values() for name in kind}
+    assert not {n for n in names if not re.search(rf"(?<![\w-]){re.escape(n)}(?![\w-])", text)}
+
+
 def test_the_exit_codes_on_the_page_are_those_of_the_program() -> None:
     table = CONFIG[CONFIG.index("| exit code |") :]
     assert [int(n) for n in re.findall(r"^\| (\d+) \|", table, flags=re.MULTILINE)] == [*Exit]
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_to_files(page: str) -> None:
+def test_links_lead_to_files_and_headings(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", text):
-        assert (ROOT / page).parent.joinpath(target).exists(), target
+    for target, heading in re.findall(r"\]\((?!https?://)([^)#]*)(?:#([^)]*))?\)", text):
+        there = (ROOT / page).parent / target if target else ROOT / page
+        assert there.exists(), target
+        if heading:
+            said = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            plain = [re.sub(r"[^\w\s-]", "", one.lower()) for one in said]
+            assert heading in [re.sub(r"\s", "-", one) for one in plain], heading
 
 
 def test_the_example_of_an_own_attack_can_be_planned() -> None:

@@ -176,6 +176,15 @@ def test_shuffled_batches_are_no_poisson_samples() -> None:
     assert poisson_p_value([999] * 5, 1000, 1.0) == 0.0
 
 
+def test_a_rate_that_is_off_is_told_by_the_number_of_draws_and_not_by_their_spread() -> None:
+    """Batches of 93 and 111 are spread as batches of 100 should be, and 2 too large on the mean."""
+    sizes = [93, 111] * 200
+    drawn = float(binomtest(sum(sizes), 400 * 1000, 0.1).pvalue)
+    assert drawn < 1e-4
+    assert poisson_p_value(sizes, 1000, 0.1) == pytest.approx(2 * drawn)
+    assert poisson_p_value([91, 109] * 200, 1000, 0.1) > 0.1
+
+
 def test_one_batch_is_judged_by_scipys_binomial_test() -> None:
     both = poisson_p_value([140], 1000, 0.1)
     assert both <= 2 * float(binomtest(140, 1000, 0.1).pvalue) < 1e-3

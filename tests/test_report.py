@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +26,7 @@ from turncoat.report.cost import costs
 from turncoat.report.overview import variants, write_overview
 from turncoat.report.page import page, write_report
 from turncoat.report.pooled import squares, t_interval, wilson
-from turncoat.report.ranking import ranked
+from turncoat.report.ranking import Rank, ranked
 from turncoat.report.record import UnreadableAudit, read
 from turncoat.report.verdict import Verdict, still_can, verdicts
 
@@ -280,6 +280,58 @@ def test_of_two_defences_as_good_the_cheaper_is_named(small: Path) -> None:
     assert seat(small, "user").defence == max(quality, key=lambda name: quality[name])
 
 
+def two_attacks(folder: Path, found: Mapping[str, Sequence[tuple[float, bool]]]) -> Path:
+    """Write an audit in which the success of ALIE and of a sign flip is made up, by defence.
+
+    Each is the success, and whether it surely is one; the federation as it is loses all to both.
+    """
+    write_audit(folder, num_seeds=1, defences=("none", *found), attacks=("alie", "sign-flip"))
+
+    def told(cell: dict[str, Any]) -> dict[str, Any]:
+        of = found.get(cell["defence"], ((0.9, True), (0.9, True)))
+        success, beats = of[("alie", "sign-flip").index(cell["attack"])]
+        return cell | {"value": cell["baseline"] * (1 - success), "beats_baseline": beats}
+
+    edit_cells(folder, told)
+    return folder
+
+
+def test_an_attack_that_surely_works_makes_no_defence_look_better(tmp_path: Path) -> None:
+    """What may be chance counts, too: two defences that leave it are told apart by the rest."""
+    chance = (0.3, False)
+    found = two_attacks(
+        tmp_path / "audit",
+        {"median": ((0.0, False), chance), "clipping": ((0.1, True), chance)},
+    )
+    coalition = seat(found, "coalition")
+    record = read(found)
+    assert [round(r.worst.success, 2) for r in ranks_of(found) if r.worst][:2] == [0.3, 0.3]
+    quality = {n: c.quality.value for n, c in costs(record).items() if c.quality and n != "none"}
+    assert coalition.defence == max(quality, key=lambda name: quality[name]) == "clipping"
+    assert "median is about as good, and no more accurate." in coalition.remedy
+    assert "still beats its baseline: alie" in coalition.remedy
+    assert "sign-flip went further, but that may be chance: accuracy" in coalition.remedy
+
+
+def test_the_table_and_the_verdict_name_the_same_defence_first(tmp_path: Path) -> None:
+    """A defence under which more may be chance is not the better for it: 0.22 is behind 0.14."""
+    found = two_attacks(
+        tmp_path / "audit",
+        {"clipping": ((0.13, True), (0.22, False)), "median": ((0.14, True), (0.0, False))},
+    )
+    assert seat(found, "coalition").defence == "median"
+    assert [r.defence for r in ranks_of(found)] == ["median", "clipping", "none"]
+
+
+def test_a_difference_within_what_counts_as_equal_is_not_noticeable(tmp_path: Path) -> None:
+    nearly = {"median": ((0.89, True), (0.89, True))}
+    assert seat(two_attacks(tmp_path / "nearly", nearly), "coalition").defence is None
+    stopped = {"median": ((0.89, False), (0.89, False))}
+    assert seat(two_attacks(tmp_path / "stopped", stopped), "coalition").defence == "median"
+    half = {"median": ((0.8, True), (0.5, True))}
+    assert seat(two_attacks(tmp_path / "half", half), "coalition").defence == "median"
+
+
 def test_a_defence_that_ruins_the_model_is_not_the_best(small: Path) -> None:
     def perfect(cell: dict[str, Any]) -> dict[str, Any]:
         mine = cell["defence"] == "krum" and cell["seat"] == "user" and cell["value"]
@@ -293,6 +345,8 @@ def test_a_defence_that_ruins_the_model_is_not_the_best(small: Path) -> None:
     found = seat(small, "user")
     assert found.defence == "norm-bound"
     assert "Less is left under krum, but the model is ruined there." in found.remedy
+    assert [r.defence for r in ranks_of(small) if r.ruined] == ["krum"]
+    assert "ruins the model" in page_of(small)
 
 
 def test_a_defence_that_opens_a_seat_is_told(small: Path) -> None:
@@ -573,6 +627,23 @@ def test_a_person_can_judge_what_a_reconstruction_is_worth(whole: Path) -> None:
     assert strangers == len(captions)
 
 
+def test_the_gallery_explains_what_it_shows_and_shows_a_trigger_once(
+    whole: Path, tmp_path: Path
+) -> None:
+    rebuilt, planted = "The same records before and after", "Inputs with the trigger"
+    assert rebuilt in page_of(whole) and planted in page_of(whole)
+    folder = write_audit(
+        tmp_path / "audit", num_seeds=1, defences=("none",), attacks=("model-replacement",)
+    )
+    rows = read_rows(folder / "cells.jsonl")
+    write_rows(folder / "cells.jsonl", rows + [row | {"attack": "pgd"} for row in rows])
+    edit_plan(folder, lambda p: p["attacks"].append(p["attacks"][0] | {"name": "pgd"}))
+    text = page_of(folder)
+    assert planted in text and rebuilt not in text
+    assert text.count('class="hall"') == 1
+    assert "model-replacement and pgd <span>" in text
+
+
 def test_defences_are_ranked_by_the_worst_that_is_left(whole: Path) -> None:
     record = read(whole)
     matrix, prices = squares(record), costs(record)
@@ -598,8 +669,12 @@ def test_a_defence_that_is_not_known_ranks_last(small: Path) -> None:
 
 
 def ranked_names(folder: Path) -> list[str]:
+    return [rank.defence for rank in ranks_of(folder)]
+
+
+def ranks_of(folder: Path) -> list[Rank]:
     record = read(folder)
-    return [r.defence for r in ranked(record, squares(record), costs(record), "coalition")]
+    return ranked(record, squares(record), costs(record), "coalition")
 
 
 def test_variants_stand_side_by_side_in_the_order_of_the_file(tmp_path: Path) -> None:

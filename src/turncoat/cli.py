@@ -67,7 +67,7 @@ _CODES = "\n\n".join(
         Exit.CRASHED: "a defect of Turncoat",
         Exit.BAD_INPUT: "the command or the file is wrong; nothing was computed",
         Exit.FAILED_CELLS: "done, but some attacks or trainings broke down",
-        Exit.BAD_FOLDER: "the folder or the disk is; what is finished is kept",
+        Exit.BAD_FOLDER: "the folder or the disk cannot be used; what is finished is kept",
         Exit.WORKER_DIED: "a process was killed, as when memory runs out; what is finished is kept",
         Exit.INTERRUPTED: "Ctrl-C; what is finished is kept",
     }.items()
@@ -84,7 +84,7 @@ app = typer.Typer(
 app.add_typer(flower_app, name="flower")
 # a terminal's lines are broken at words; whoever reads a pipe gets them whole
 out, err = (
-    Console(stderr=e, highlight=False, soft_wrap=not s.isatty())
+    Console(stderr=e, highlight=False, emoji=False, soft_wrap=not s.isatty())
     for e, s in ((False, sys.stdout), (True, sys.stderr))
 )
 

@@ -38,6 +38,7 @@ _TOP = {"title", "rounds", "seeds", "delta", "search", "defences", "task", "fede
     "defence",
     "variant",
 }
+_WATCHING = (Seat.SERVER, Seat.CLIENT, Seat.PEER, Seat.USER, Seat.NEIGHBOUR)
 _PLAYED_BY = {"server": Seat.SERVER, "supply": Seat.SUPPLIER, "code": Seat.SUPPLIER}
 _OF_A_TRIAL = {"at", "by", "allies", "game", "outcome", "coalition", "acts", "seats"}
 _KINDS = {
@@ -381,9 +382,9 @@ def _federation(table: Any, where: Where) -> Federation[Any, Any]:
         else _value(int, part, where / place)
         for place, part in table.items()
     }
-    for place in ("train", "channel", "aggregate"):
+    for place, usual in {"train": "local-sgd", "channel": "plain", "aggregate": "mean"}.items():
         if place not in stages:
-            raise ConfigError(f"{where} lacks the stage {place!r}")
+            raise ConfigError(f"{where} lacks the stage {place!r}: name one, such as {usual!r}")
     try:
         return Federation(**stages)
     except (IncompatibleStages, ValueError) as error:
@@ -410,6 +411,12 @@ def _entry(name: str, table: Any, standing: Any, base: Federation[Any, Any], whe
     seats = _seats(about.pop("seats", []), at / "seats")
     place = _worn_at(attack, at)
     if place is None:
+        if blind := [seat for seat in seats if seat not in _WATCHING]:
+            raise ConfigError(
+                f"{at / 'seats'}: {type(attack).__name__} watches, and nothing is watched at the "
+                f"seat {str(blind[0])!r}: name {', '.join(_WATCHING[:-1])} or {_WATCHING[-1]}, or "
+                "leave 'seats' out"
+            )
         return Entry(_trial(attack, about, at), seats)
     outcome = about.pop("outcome", None) or _outcome_of(attack)
     made = (
@@ -421,7 +428,7 @@ def _entry(name: str, table: Any, standing: Any, base: Federation[Any, Any], whe
     if place == "prepare" and seats == (Seat.SUPPLIER,):
         place = "supply"
     its_own = _PLAYED_BY.get(place, Seat.COALITION)
-    if seats and its_own not in seats:
+    if set(seats) - {its_own}:
         raise ConfigError(
             f"{at / 'seats'}: {type(attack).__name__} is played by the {its_own} alone: leave "
             "'seats' out"
@@ -556,6 +563,8 @@ def part(name: Any, where: Where, *, kind: str) -> Any:
     source, _, attribute = target.rpartition(":")
     try:
         module = _module(source, where)
+    except ConfigError:
+        raise
     except (Exception, SystemExit) as error:
         raise ConfigError(f"{where} use = {name!r}: {_said(error)}") from error
     if not hasattr(module, attribute):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -90,12 +91,22 @@ def listed(kind: str) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "place": _place(kind, made),
-                "summary": text.split("\n\n")[0].replace("\n", " "),
+                "summary": _plain(text.split("\n\n")[0]),
                 "options": options,
                 "use": target,
             }
         )
     return found
+
+
+def _plain(text: str) -> str:
+    """Return what a docstring says, without its markup, and of a function what it returns.
+
+    >>> _plain("Answer with\\nthe ``votes`` [1]_: CRFL [2]_."), _plain("Return faces.")
+    ('Answer with the votes: CRFL.', 'Faces.')
+    """
+    said = re.sub(r"\s*\[\d+\]_|``", "", text).replace("\n", " ").removeprefix("Return ")
+    return said[:1].upper() + said[1:]
 
 
 def _place(kind: str, made: Any) -> str:

@@ -244,6 +244,12 @@ class Federation(Generic[P, M]):
         return next((s for s in within(self.channel) if hasattr(s, "open")), None)
 
     @property
+    def recovers_from(self) -> int | None:
+        """How many clients must be left for the channel to mend dropouts; None: it cannot."""
+        least = (getattr(stage, "recovers_from", None) for stage in within(self.channel))
+        return next((number for number in least if number is not None), None)
+
+    @property
     def server_learns_state(self) -> bool:
         return not issubclass(self.sends, Summable) or issubclass(self.sends, Revealed)
 

@@ -415,9 +415,11 @@ def _refuse_misplaced(stage: Any, place: Any) -> None:
     if not stands(stage, place):
         hints = _hints(code_of(stage))
         said = ", ".join(f"{n}: {_spelt(hints.get(n, Any))}" for n in _leading(stage, place))
+        fits = [p.__name__.lower() for p in PLACES if stands(stage, p)]
+        cure = f"put it at {' or '.join(fits)}" if fits else "annotate what that place hands it"
         raise IncompatibleStages(
             f"{stage!r} cannot stand at {place.__name__.lower()}, the place that "
-            f"{PLACES[place].does}: it takes ({said})"
+            f"{PLACES[place].does}: it takes ({said}); {cure}"
         )
 
 

@@ -39,7 +39,8 @@ def audit(
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds to run.")] = None,
     nodes: Annotated[int | None, typer.Option(min=2, help="Nodes to run it on.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="The app's model, as module:factory: to invert updates.")
+        str | None,
+        typer.Option(help="The app's model, as module:factory; it lets updates be inverted."),
     ] = None,
     data: Annotated[
         str | None,
@@ -115,9 +116,16 @@ def export(
     from turncoat import cli
 
     with cli._errors_in_words():
+        from turncoat.record import FolderUnusable
         from turncoat.runtimes.flower.export import export as written
 
-        for path in written(file, folder):
+        try:
+            made = written(file, folder)
+        except OSError as error:
+            raise FolderUnusable(
+                f"cannot write to {folder}: {error.strerror or error}: choose another DIR"
+            ) from error
+        for path in made:
             cli.out.print(escape(str(path)))
         cli.out.print(f"\nNow: [bold]flwr run {escape(str(folder))}[/bold]")
 

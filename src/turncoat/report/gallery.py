@@ -43,11 +43,20 @@ class Strip:
 
 @dataclass(frozen=True)
 class Exhibition:
-    """One attack at one seat: what it saw of the same records behind each defence."""
+    """One attack at one seat: what it saw of the same records behind each defence, or its trigger.
+
+    Attributes:
+        attack: Its name; names, where several of a seat carry one trigger.
+    """
 
     attack: str
     seat: str
     strips: tuple[Strip, ...]
+
+    @property
+    def rebuilt(self) -> bool:
+        """Whether it shows records that were rebuilt, and not a trigger."""
+        return any(strip.kind != "trigger" for strip in self.strips)
 
 
 def exhibits(record: Record, square: Square) -> tuple[list[Tensors], list[str]]:
@@ -115,7 +124,7 @@ def _triggered(
         tensors = shown.get(square.defence)
         if tensors is not None and (pictures := _pictures(tensors, "triggered")):
             strip = _strip(
-                "with the trigger", "what the backdoor answers to", "guess", pictures, ()
+                "with the trigger", "what the backdoor answers to", "trigger", pictures, ()
             )
             return Exhibition(attack, seat, (strip,))
     return None

@@ -16,7 +16,7 @@ from turncoat.report import figures, palette, words
 from turncoat.report.claims import audits
 from turncoat.report.cost import Cost, costs, done, runs
 from turncoat.report.figures import Array, Drawing
-from turncoat.report.gallery import Exhibition, Tensors, exhibition, exhibits
+from turncoat.report.gallery import Exhibition, Strip, Tensors, exhibition, exhibits
 from turncoat.report.pooled import Square, num_missing, squares
 from turncoat.report.ranking import Rank, ranked
 from turncoat.report.record import Record, Row, read
@@ -26,10 +26,10 @@ from turncoat.report.verdict import (
     Matrix,
     Verdict,
     column,
+    furthest,
     judge,
     reach,
     still_can,
-    strongest,
 )
 
 _HERE = Path(__file__).parent
@@ -256,11 +256,16 @@ def _gallery(
 ) -> list[Exhibition]:
     halls = []
     for seat, attacks in _groups(matrix).items():
+        alike: dict[tuple[Strip, ...], list[str]] = {}
         for attack in attacks:
             row = [matrix[attack, seat, defence] for defence in record.defences]
             first = {d: t[0] for (a, s, d), t in shown.items() if (a, s) == (attack, seat)}
             if first and (hall := exhibition(attack, seat, row, first)):
-                halls.append(hall)
+                if hall.rebuilt:
+                    halls.append(hall)
+                else:
+                    alike.setdefault(hall.strips, []).append(attack)
+        halls += [Exhibition(words.listed(a, len(a)), seat, s) for s, a in alike.items()]
     return halls
 
 
@@ -284,7 +289,7 @@ def _draw(
                 slug(f"tradeoff {seat}"),
                 words.who(seat),
                 [prices[name] for name in names],
-                [strongest(reach(record, matrix, seat, name)) for name in names],
+                [furthest(reach(record, matrix, seat, name)) for name in names],
                 record.metric,
             )
             for seat in _groups(matrix)

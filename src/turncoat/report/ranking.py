@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from turncoat.report.cost import Cost
 from turncoat.report.pooled import Square
 from turncoat.report.record import Record
-from turncoat.report.verdict import UNKNOWN, Matrix, reach, strongest
+from turncoat.report.verdict import UNKNOWN, Matrix, furthest, reach, ruins
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,12 @@ class Rank:
     """What a defence leaves of a seat.
 
     Attributes:
-        worst: The attack that goes furthest under it; None where nothing was scored.
+        worst: The attack that goes furthest under it, whether or not that may be chance; None where
+            nothing was scored.
         unknown: Attacks that failed or were not run here: the worst may be worse.
         blocked: How many of the attacks at this seat are blocked, which is no proof of safety.
         num_attacks: How many there are.
+        ruined: Whether the model loses more than half of what it had learnt over chance.
     """
 
     defence: str
@@ -28,6 +30,7 @@ class Rank:
     blocked: int
     num_attacks: int
     cost: Cost
+    ruined: bool
 
 
 def ranked(record: Record, matrix: Matrix, prices: Mapping[str, Cost], seat: str) -> list[Rank]:
@@ -37,8 +40,9 @@ def ranked(record: Record, matrix: Matrix, prices: Mapping[str, Cost], seat: str
         found = reach(record, matrix, seat, defence)
         unknown = tuple(s.attack for s in found if s.status in UNKNOWN)
         blocked = sum(s.status == "blocked" for s in found)
-        worst = strongest(found)
-        ranks.append(Rank(defence, worst, unknown, blocked, len(found), prices[defence]))
+        cost, ruined = prices[defence], ruins(record, prices[defence], prices[record.defences[0]])
+        worst = furthest(found)
+        ranks.append(Rank(defence, worst, unknown, blocked, len(found), cost, ruined))
     return sorted(ranks, key=_order)
 
 

@@ -188,14 +188,7 @@ class Mixing(Round):
         """Return what reaches a node, by sender: nothing, where pads would not cancel."""
         present = tuple(c for c in hears if c in told)
         if self._is_paired and len(present) < len(hears):
-            needed = next(
-                (
-                    s.recovers_from
-                    for s in within(self.federation.channel)
-                    if getattr(s, "recovers_from", None) is not None
-                ),
-                None,
-            )
+            needed = self.federation.recovers_from
             if needed is None or len(present) < needed:
                 lost = len(hears) - len(present)
                 self._note(node, f"heard nothing: {lost} around it dropped out of the masks")

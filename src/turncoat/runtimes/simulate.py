@@ -326,14 +326,7 @@ class Round:
         payloads = self._forge(payloads)
         cohort = self.cohort
         if self._is_paired and len(payloads) < len(cohort):
-            needed = next(
-                (
-                    s.recovers_from
-                    for s in within(self.federation.channel)
-                    if getattr(s, "recovers_from", None) is not None
-                ),
-                None,
-            )
+            needed = self.federation.recovers_from
             if needed is None or len(payloads) < needed:
                 why = (
                     f"{self.federation.channel!r} does not recover from dropouts"

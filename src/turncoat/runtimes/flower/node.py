@@ -17,7 +17,6 @@ from turncoat.messages import Envelope
 from turncoat.runtimes.flower.wire import built, read, spelt, write
 from turncoat.runtimes.seat import AttackBroke, Cell, Job, Seats, attempt
 from turncoat.runtimes.simulate import one_thread
-from turncoat.stage import within
 
 _KEPT = ("turncoat.arrays", "turncoat.json")  # where a node's own memory lies in its state
 
@@ -79,7 +78,7 @@ def _trained(seats: Seats, order: Mapping[str, Any], context: Context) -> dict[s
             return reply | {"fault": f"raised {type(error).__name__}: {error}"}
         reply["message"] = spelt(message)
     again = None
-    if not job.shown and _recovers(seats):
+    if not job.shown and seats.federation.recovers_from is not None:  # it may have to dress again
         again = {"round": t, "payload": spelt(done.payload), "channel": job.channel}
     if order["memory_stays"]:
         _keep(context, {"train": done.kept, "channel": channel, "again": again})
@@ -106,12 +105,6 @@ def _dressed_again(seats: Seats, order: Mapping[str, Any], context: Context) -> 
         _keep(context, own | {"channel": channel})
         return reply
     return reply | {"channel": channel}
-
-
-def _recovers(seats: Seats) -> bool:
-    """Say whether the channel may be asked to dress again, for those who are left."""
-    stages = within(seats.federation.channel)
-    return any(getattr(s, "recovers_from", None) is not None for s in stages)
 
 
 def _recall(context: Context) -> dict[str, Any]:
