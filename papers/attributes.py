@@ -75,7 +75,6 @@ _WOMEN = 39  # the column "Female" of Adult without fnlwgt and education
 _ALL = {"drop": ("fnlwgt", "education"), "train_size": 22_000, "public_size": 22_000}
 _LARGE = LocalSGD(1.0, num_epochs=1, batch_size=512)
 _COARSE = LocalSGD(0.5, num_epochs=1, batch_size=128)
-_SHORTER = LocalSGD(0.2, num_epochs=1, batch_size=256)
 _SHARES_TOLD = (
     "Meta-classifier at least 0.9, loss test at least 0.75 at 0.3 against 0.7, 0.5 at 0.5 against "
     "0.5: our acceptance, after Suri and Evans (PoPETs 2022); no published figure was read."
@@ -239,9 +238,9 @@ ATTRIBUTES = (
         "can be compared, as when all begin alike.",
         SharesToldApart(
             adult,
-            _SHORTER,
+            _LARGE,
             5,
-            {_FAR: _game(60, 8_000), _BEGUN: _game(40, 8_000, same_start=True)},
+            {_FAR: _game(120, 8_000), _BEGUN: _game(40, 8_000, same_start=True)},
             {
                 "loss test": (LossTest(200), (_FAR,)),
                 "loss test, not calibrated": (LossTest(), (_FAR,)),
@@ -255,9 +254,12 @@ ATTRIBUTES = (
             },
             _ALL | {"num_clients": 2, "test_size": 2_000, "model": MLP((16,))},
         ),
-        "As property-linear, with a hidden layer of 16 neurons, 8,000 records each, batches of "
-        "256 at 0.2, 60 suspects a seed; 400 shadow federations for what reads parameters, 200 for "
-        "answers and losses. The recipe and the regression were chosen on seeds 0 to 2.",
+        "As property-linear, with a hidden layer of 16 neurons, of one split and 120 suspects a "
+        "seed; 400 shadow federations for what reads parameters, 200 for answers and losses. The "
+        "training was chosen on seed 0. By shorter steps (0.2, batches of 256), with 60 suspects, "
+        "these very seeds had given 0.930 (0.888 to 0.972) for the query classifier, 0.773 (0.714 "
+        "to 0.833) for sets, and for paths, which were read as if the net were linear, 0.817 "
+        "(0.721 to 0.913); a path counts now as often as the attacker's own records pass it.",
         "Meta-classifier at least 0.9 at 0.3 against 0.7: our acceptance, after Ganju et al. (CCS "
         "2018), who have about a thousand shadow models, and Zhang et al. (USENIX Security 2021), "
         "who read answers; no published figure was read.",
