@@ -119,11 +119,16 @@ def test_noise_in_training_takes_classifiers_towards_chance(tmp_path: Path) -> N
         assert private.value < without.value - 0.2
 
 
-def test_answers_tell_a_net_whose_parameters_do_not(tmp_path: Path) -> None:
-    attacks = {"answers": QueryClassifier(24), "in order": MetaClassifier(24, "flat")}
+def test_answers_and_paths_tell_a_net_whose_parameters_do_not(tmp_path: Path) -> None:
+    attacks = {
+        "answers": QueryClassifier(24),
+        "paths": MetaClassifier(24, "paths"),
+        "in order": MetaClassifier(24, "flat"),
+    }
     found = cells_of(tmp_path, attacks, hidden=(6,))
-    assert accuracy(found["answers"]).low > 0.5
-    assert accuracy(found["answers"]).value > accuracy(found["in order"]).value
+    for name in ("answers", "paths"):
+        assert accuracy(found[name]).low > 0.5
+        assert accuracy(found[name]).value > accuracy(found["in order"]).value
 
 
 @pytest.mark.parametrize(("budget", "enough"), [(40, True), (39, False)])
