@@ -188,8 +188,9 @@ STEADY = _experiment(
     "the confidences of the surest eighth are 8 then, and vary by 2.7; of the least sure, by 0.8 "
     "and 1.3. This form was chosen to be one in which records vary more alike, as a variance in "
     "common supposes: of six that were looked at on seed 0, four of them on seed 1 too, the one in "
-    "which it was furthest ahead with 16 shadow models on both. What members-adult shows is "
-    "no less true: where records differ more, a variance in common is behind.",
+    "which it was furthest ahead, with 16 shadow models, on the worse of the two seeds. What "
+    "members-adult shows is no less true: where records differ more, a variance in common is "
+    "behind.",
 )
 
 
