@@ -73,9 +73,12 @@ _FAR, _SAME = "0.3 against 0.7", "0.5 against 0.5"
 _BEGUN = f"{_FAR}, same start"
 _WOMEN = 39  # the column "Female" of Adult without fnlwgt and education
 _ALL = {"drop": ("fnlwgt", "education"), "train_size": 22_000, "public_size": 22_000}
-_SHORT = LocalSGD(0.2, num_epochs=1, batch_size=64)
+_LARGE = LocalSGD(1.0, num_epochs=1, batch_size=512)
 _COARSE = LocalSGD(0.5, num_epochs=1, batch_size=128)
-_SHORTER = LocalSGD(0.2, num_epochs=1, batch_size=256)
+_SHARES_TOLD = (
+    "Meta-classifier at least 0.9, loss test at least 0.75 at 0.3 against 0.7, 0.5 at 0.5 against "
+    "0.5: our acceptance, after Suri and Evans (PoPETs 2022); no published figure was read."
+)
 
 
 def _game(num_suspects: int, num_records: int = 4_000, same_start: bool = False) -> Any:
@@ -143,45 +146,67 @@ ATTRIBUTES = (
     Experiment(
         "property-linear",
         "A logistic regression tells whether 30 % or 70 % of its training records were women, by "
-        "its parameters and by its answers; where both kinds have 50 %, nothing does.",
-        SharesToldApart(
-            adult,
-            _SHORT,
-            5,
-            {
-                _FAR: _game(40),
-                _BEGUN: _game(40, same_start=True),
-                _SAME: replace(_game(160), shares=(0.5, 0.5)),
-            },
-            {
-                "loss test": (LossTest(100), (_FAR, _SAME)),
-                "loss test, not calibrated": (LossTest(), (_FAR,)),
-                "threshold test": (ThresholdTest(100), (_FAR, _SAME)),
-                "query classifier, 100 shadows": (QueryClassifier(100), (_FAR, _SAME)),
-                "meta-classifier": (MetaClassifier(200), (_FAR,)),
-                "meta-classifier, 100 shadows": (MetaClassifier(100), (_FAR, _SAME)),
-                "updates, 80 shadows": (UpdateClassifier(80), (_BEGUN,)),
-                "meta-classifier, 80 shadows": (MetaClassifier(80), (_BEGUN,)),
-            },
-            _ALL | {"num_clients": 2, "test_size": 2_000, "model": MLP(())},
+        "its parameters and by its answers.",
+        Repeated(
+            SharesToldApart(
+                adult,
+                _LARGE,
+                5,
+                {_FAR: _game(60, 8_000)},
+                {
+                    "loss test": (LossTest(100), (_FAR,)),
+                    "loss test, not calibrated": (LossTest(), (_FAR,)),
+                    "threshold test": (ThresholdTest(100), (_FAR,)),
+                    "query classifier, 100 shadows": (QueryClassifier(100), (_FAR,)),
+                    "meta-classifier": (MetaClassifier(200), (_FAR,)),
+                    "meta-classifier, 100 shadows": (MetaClassifier(100), (_FAR,)),
+                },
+                _ALL | {"num_clients": 2, "test_size": 2_000, "model": MLP(())},
+            ),
+            3,
         ),
-        "Adult, two clients, 5 rounds of one epoch, 4,000 records each. 40 suspects a seed from "
-        "the private records (160 where the shares are equal), 80 to 200 shadow federations from "
-        "the attacker's own. Each begins anew, but where it says same start. The loss test counts "
-        "losses from those of 100 own models. As its paper has it, it is not calibrated: it then "
-        "says of every suspect that most were women, whose incomes are easier to tell, so that "
-        "half are right whatever the model says. The regression was chosen on seeds 0 to 2; SGD at "
-        "0.2 in batches of 64 is that of the first figures published here. With half as many steps "
-        "(0.5, batches of 128) the meta-classifier had been run on these very seeds, too: 0.940, "
-        "0.859 to 1.021.",
-        "Meta-classifier at least 0.9, loss test at least 0.75 at 0.3 against 0.7, 0.5 at 0.5 "
-        "against 0.5: our acceptance, after Suri and Evans (PoPETs 2022); no published figure was "
-        "read.",
+        "Adult, two clients, 5 rounds of one epoch, 8,000 records each, SGD at 1.0 in batches of "
+        "512. A figure of a seed is the mean over three random splits of all people into private "
+        "records, from which 60 suspects are trained, and the attacker's own, from which 100 or "
+        "200 shadow federations are. By chance the two parts of a split differ, which moves all "
+        "suspects one way; with one split a seed that, and not the number of suspects, decides: on "
+        "seed 0 nearly all are put in the right order (AUC above 0.999), and yet 8 % are "
+        "misjudged. Each begins anew. The loss test counts losses from those of 100 own models. As "
+        "its paper has it, it is not calibrated: it then says of every suspect that most were "
+        "women, whose incomes are easier to tell, so that half are right whatever the model says. "
+        "Records and training were chosen on seed 0. Two other forms had been run on these very "
+        "seeds, with one split, 40 suspects and 4,000 records: the meta-classifier reached 0.945 "
+        "(0.894 to 0.996) at 0.2 in batches of 64, and 0.940 (0.859 to 1.021) at 0.5 in batches of "
+        "128. The cost is that of the clock, with pauses in which other things were run.",
+        _SHARES_TOLD,
         (
             Expectation(f"accuracy: meta-classifier | {_FAR}", at_least=0.9),
             Expectation(f"accuracy: query classifier, 100 shadows | {_FAR}", at_least=0.9),
             Expectation(f"accuracy: threshold test | {_FAR}", at_least=0.75),
             Expectation(f"accuracy: loss test | {_FAR}", at_least=0.75),
+        ),
+    ),
+    Experiment(
+        "property-equal",
+        "Where both kinds of training records have 50 % women, nothing tells them apart.",
+        SharesToldApart(
+            adult,
+            _LARGE,
+            5,
+            {_SAME: replace(_game(240, 8_000), shares=(0.5, 0.5))},
+            {
+                "loss test": (LossTest(100), (_SAME,)),
+                "threshold test": (ThresholdTest(100), (_SAME,)),
+                "query classifier, 100 shadows": (QueryClassifier(100), (_SAME,)),
+                "meta-classifier, 100 shadows": (MetaClassifier(100), (_SAME,)),
+            },
+            _ALL | {"num_clients": 2, "test_size": 2_000, "model": MLP(())},
+        ),
+        "As property-linear, of one split and 240 suspects a seed. With 160, 4,000 records and SGD "
+        "at 0.2 in batches of 64 these very seeds had given the threshold test 0.508 (0.406 to "
+        "0.609).",
+        _SHARES_TOLD,
+        (
             Expectation(
                 f"accuracy: meta-classifier, 100 shadows | {_SAME}", at_least=0.4, at_most=0.6
             ),
@@ -189,8 +214,25 @@ ATTRIBUTES = (
                 f"accuracy: query classifier, 100 shadows | {_SAME}", at_least=0.4, at_most=0.6
             ),
             Expectation(f"accuracy: threshold test | {_SAME}", at_least=0.4, at_most=0.6),
-            Expectation(f"accuracy: updates, 80 shadows | {_BEGUN}", at_least=0.9),
         ),
+    ),
+    Experiment(
+        "property-updates",
+        "Whoever sees the updates, or knows how training began, tells the shares apart best.",
+        SharesToldApart(
+            adult,
+            _LARGE,
+            5,
+            {_BEGUN: _game(40, 8_000, same_start=True)},
+            {
+                "updates, 80 shadows": (UpdateClassifier(80), (_BEGUN,)),
+                "meta-classifier, 80 shadows": (MetaClassifier(80), (_BEGUN,)),
+            },
+            _ALL | {"num_clients": 2, "test_size": 2_000, "model": MLP(())},
+        ),
+        "As property-linear, of one split and 40 suspects a seed, which all begin alike.",
+        _SHARES_TOLD,
+        (Expectation(f"accuracy: updates, 80 shadows | {_BEGUN}", at_least=0.9),),
     ),
     Experiment(
         "property-net",
@@ -198,9 +240,9 @@ ATTRIBUTES = (
         "can be compared, as when all begin alike.",
         SharesToldApart(
             adult,
-            _SHORTER,
+            _LARGE,
             5,
-            {_FAR: _game(60, 8_000), _BEGUN: _game(40, 8_000, same_start=True)},
+            {_FAR: _game(120, 8_000), _BEGUN: _game(40, 8_000, same_start=True)},
             {
                 "loss test": (LossTest(200), (_FAR,)),
                 "loss test, not calibrated": (LossTest(), (_FAR,)),
@@ -214,9 +256,14 @@ ATTRIBUTES = (
             },
             _ALL | {"num_clients": 2, "test_size": 2_000, "model": MLP((16,))},
         ),
-        "As property-linear, with a hidden layer of 16 neurons, 8,000 records each, batches of "
-        "256 at 0.2, 60 suspects a seed; 400 shadow federations for what reads parameters, 200 for "
-        "answers and losses. The recipe and the regression were chosen on seeds 0 to 2.",
+        "As property-linear, with a hidden layer of 16 neurons, of one split and 120 suspects a "
+        "seed; 400 shadow federations for what reads parameters, 200 for answers and losses. The "
+        "training was chosen on seed 0, where only answers and paths were looked at: losses say "
+        "less of the shares after it. By shorter steps (0.2, batches of 256), with 60 suspects, "
+        "these very seeds had given 0.920 (0.886 to 0.954) for the threshold test, 0.930 (0.888 to "
+        "0.972) for the query classifier, 0.773 (0.714 to 0.833) for sets, and for paths, which "
+        "were read as if the net were linear, 0.817 (0.721 to 0.913); a path counts now as often "
+        "as the attacker's own records pass it.",
         "Meta-classifier at least 0.9 at 0.3 against 0.7: our acceptance, after Ganju et al. (CCS "
         "2018), who have about a thousand shadow models, and Zhang et al. (USENIX Security 2021), "
         "who read answers; no published figure was read.",
@@ -243,9 +290,10 @@ ATTRIBUTES = (
             },
             _ALL | {"num_clients": 2, "test_size": 2_000, "model": MLP(())},
         ),
-        "As property-linear; each client adds noise of a standard deviation of 0.6 to every weight "
-        "it sends in every round, and so do the attacker's own. As client-level privacy that is no "
-        "ε worth the name. 75 % of the test records are of one class.",
+        "As property-linear, of one split, 40 suspects and 4,000 records each, SGD at 0.5 in "
+        "batches of 128; each client adds noise of a standard deviation of 0.6 to every weight it "
+        "sends in every round, and so do the attacker's own. As client-level privacy that is no ε "
+        "worth the name. 75 % of the test records are of one class.",
         "The bounds are ours: 0.2 below what is asked for without noise. No published figure was "
         "read.",
         (

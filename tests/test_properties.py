@@ -1,7 +1,7 @@
 """Property inference: federations are told apart by the share of a group in their data.
 
 Kinds: theorem (the draws have their shares, and nothing else differs; the order of neurons does not
-matter), oracle (a threshold and an excess of losses by hand, the path products of a net), baseline
+matter), oracle (a threshold and an excess of losses by hand, the paths that records pass), baseline
 (equal shares: chance), sabotage (noise in training; answers withheld; swapped kinds), contract (bad
 shares, too few records, wrong games).
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from turncoat.attacks.property.losses import LossTest, ThresholdTest
 from turncoat.attacks.property.queries import QueryClassifier
 from turncoat.attacks.property.updates import AggregateClassifier, UpdateClassifier
-from turncoat.attacks.property.weights import MetaClassifier, in_order, layers_of, paths
+from turncoat.attacks.property.weights import MetaClassifier, in_order, layers_of, slopes
 from turncoat.audit import Audit, Entry, run_audit
 from turncoat.federation import Federation, Plain, Same
 from turncoat.games.membership import Membership
@@ -119,11 +119,16 @@ def test_noise_in_training_takes_classifiers_towards_chance(tmp_path: Path) -> N
         assert private.value < without.value - 0.2
 
 
-def test_answers_tell_a_net_whose_parameters_do_not(tmp_path: Path) -> None:
-    attacks = {"answers": QueryClassifier(24), "in order": MetaClassifier(24, "flat")}
+def test_answers_and_paths_tell_a_net_whose_parameters_do_not(tmp_path: Path) -> None:
+    attacks = {
+        "answers": QueryClassifier(24),
+        "paths": MetaClassifier(24, "paths"),
+        "in order": MetaClassifier(24, "flat"),
+    }
     found = cells_of(tmp_path, attacks, hidden=(6,))
-    assert accuracy(found["answers"]).low > 0.5
-    assert accuracy(found["answers"]).value > accuracy(found["in order"]).value
+    for name in ("answers", "paths"):
+        assert accuracy(found[name]).low > 0.5
+        assert accuracy(found[name]).value > accuracy(found["in order"]).value
 
 
 @pytest.mark.parametrize(("budget", "enough"), [(40, True), (39, False)])
@@ -237,11 +242,14 @@ def test_a_meta_classifier_is_blind_to_the_order_of_neurons(
     assert torch.allclose(model.logits(params[0], inputs), model.logits(other, inputs), atol=1e-5)
     views = tuple(ModelView(model, p) for p in params)
     shadows = Worlds(views[1:], torch.arange(8) % 2 == 0)
+    own = inputs, torch.zeros(4).long()
 
     def score(one: Tensor) -> float:
         suspects = Suspects((ModelView(model, one), views[1]))
         attack = MetaClassifier(8, order, num_steps=20)
-        return float(attack(suspects, shadows=shadows, rng=RANDOM.at("meta")).scores[0])
+        return float(
+            attack(suspects, population=own, shadows=shadows, rng=RANDOM.at("meta")).scores[0]
+        )
 
     assert score(other) == pytest.approx(score(params[0]), abs=1e-3)
 
@@ -259,14 +267,18 @@ def test_answers_are_blind_to_the_order_of_neurons() -> None:
     assert float(first) == pytest.approx(float(second), abs=1e-4)
 
 
-def test_paths_are_the_product_of_the_layers() -> None:
+def test_paths_count_as_often_as_records_pass_them() -> None:
     model = Model(Built(MLP((5,)), (3,), 2))
     params = model.initial(RANDOM.at("start"))
     named = model.layout.split(params)
-    product = named["3.weight"] @ named["1.weight"]
-    found = paths(None, layers_of(None, model.layout, params[None]))[0]
-    expected = product - product.mean(dim=0)
-    assert torch.allclose(found.reshape(2, -1)[:, :3], expected, atol=1e-6)
+    records = torch.randn(40, 3, generator=RANDOM.at("records"))
+    passed = records @ named["1.weight"].T + named["1.bias"] > 0
+    assert 0 < passed.float().mean() < 1
+    product = named["3.weight"] * passed.float().mean(dim=0) @ named["1.weight"]
+    outputs = model.logits(params, records).mean(dim=0)
+    found = slopes([ModelView(model, params)], records)[0]
+    expected = torch.cat([(product - product.mean(dim=0)).flatten(), outputs - outputs.mean()])
+    assert torch.allclose(found, expected, atol=1e-6)
 
 
 def test_sorted_neurons_rise_by_their_weights() -> None:
@@ -356,6 +368,6 @@ def test_what_cannot_be_asked_is_refused() -> None:
     with pytest.raises(ValueError, match="neither a coalition nor a server"):
         Trial[Any](LossTest(), GAME, server=Same())
     with pytest.raises(ValueError, match="have the audit play them"):
-        MetaClassifier()(Suspects(()), shadows=None, rng=RANDOM.at("x"))
+        MetaClassifier()(Suspects(()), population=SAMPLES[0], shadows=None, rng=RANDOM.at("x"))
     with pytest.raises(ValueError, match="have the audit play them"):
         LossTest(4)(Suspects(answers([(0.1, 0.2)])), samples=SAMPLES, shadows=None)  # type: ignore[arg-type]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -11,15 +12,16 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from turncoat.attacks.property.losses import of_either
+from turncoat.describe import ADDED
 from turncoat.params import Layout
 from turncoat.randomness import ambient
+from turncoat.task import Batch
 from turncoat.trial import Leanings
 from turncoat.validate import at_least, one_of
 from turncoat.views import ModelView, Suspects, Worlds
 
 Order = Literal["sets", "paths", "sorted", "flat"]
 _STRENGTH = 10.0  # C of logistic regression, if rows were of length 1
-_MOST = 1_000_000  # numbers of one model, before its paths are taken for too many
 Layer = tuple[
     Tensor, Tensor
 ]  # weights (models, nodes, nodes before, each), others (models, nodes, k)
@@ -32,14 +34,16 @@ class MetaClassifier:
     Hidden neurons can change places without changing what a net computes, so that their order says
     nothing. ``"sets"`` reads each layer as a set: one small net reads every neuron, its weights
     gathered by what was read of the neurons that they come from, and the sum over neurons counts.
-    ``"paths"`` multiplies the layers as if the net were linear, ``"sorted"`` puts the neurons of
-    each layer into the order of the sum of their weights, and ``"flat"`` takes them as they are;
-    these three then take logistic regression. For a linear model all are one. What is added to all
-    outputs alike changes no answer, and is taken out of the last layer, but with ``"flat"``.
+    ``"paths"`` multiplies weights along all paths from an input to an output, and counts a path
+    as often as the attacker's own records pass it: their sum is the mean slope of the output.
+    ``"sorted"`` puts the neurons of each layer into the order of the sum of their weights, and
+    ``"flat"`` takes them as they are; these three then take logistic regression. For a linear model
+    the other three are one. What is added to all outputs alike changes no answer, and is taken out
+    of the last layer, but with ``"flat"``.
 
     Differs from the paper: the nets are linear and rectified parts side by side, and a neuron's
     weights are gathered by what is read of the neurons before it, so that nothing depends on their
-    order; neurons are averaged. ``"paths"`` is not in it.
+    order; neurons are averaged. ``"paths"`` is not in it, and takes records of one's own.
 
     Args:
         num_shadows: Federations to play, half on either kind of data; the paper has hundreds.
@@ -47,6 +51,7 @@ class MetaClassifier:
         width: What is read of a neuron: so many numbers, twice.
         num_steps: Steps of Adam over all shadow models at once.
         weight_decay: Of the nets.
+        num_records: Of the attacker's own, for ``"paths"``; all there are, if there are fewer.
 
     .. [1] Ateniese et al., IJSN 2015 (the meta-classifier). https://arxiv.org/abs/1306.4447
     .. [2] Ganju et al., CCS 2018 (sorted neurons, sets). https://doi.org/10.1145/3243734.3243834
@@ -57,15 +62,22 @@ class MetaClassifier:
     width: int = 8
     num_steps: int = 200
     weight_decay: float = 0.01
+    num_records: int = field(default=1_000, metadata=ADDED)
 
     def __post_init__(self) -> None:
         at_least(2, self, num_shadows=self.num_shadows)
         at_least(1, self, width=self.width, num_steps=self.num_steps)
+        at_least(1, self, num_records=self.num_records)
         at_least(0, self, weight_decay=self.weight_decay)
         one_of(Order, self, order=self.order)
 
     def __call__(
-        self, view: Suspects[ModelView], *, shadows: Worlds[ModelView] | None, rng: Generator
+        self,
+        view: Suspects[ModelView],
+        *,
+        population: Batch,
+        shadows: Worlds[ModelView] | None,
+        rng: Generator,
     ) -> Leanings:
         known = of_either(self, shadows)
         layout = view.views[0].model.layout
@@ -75,11 +87,14 @@ class MetaClassifier:
         second = known.second.cpu()
         if self.order == "flat":
             return Leanings(regressed(ours, second, theirs))
+        if self.order == "paths":
+            order = torch.randperm(len(population[1]), generator=rng)[: self.num_records]
+            records = population[0][order.to(population[0].device)]
+            ours, theirs = (slopes(views, records) for views in (known.views, view.views))
+            return Leanings(regressed(ours, second, theirs))
         layers, asked = layers_of(self, layout, ours), layers_of(self, layout, theirs)
         if self.order == "sorted" or len(layers) == 1:
             return Leanings(regressed(in_order(layers), second, in_order(asked)))
-        if self.order == "paths":
-            return Leanings(regressed(paths(self, layers), second, paths(self, asked)))
         return Leanings(self._as_sets(layers, second, asked, rng))
 
     def _as_sets(
@@ -191,20 +206,25 @@ def in_order(layers: list[Layer]) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def paths(attack: object, layers: list[Layer]) -> Tensor:
-    """Return what the weights of all paths through each model sum to: one row each."""
-    (weights, others), *later = layers
-    found = torch.cat([weights.flatten(2), others], dim=2)
-    for weights, others in later:
-        num = weights.shape[1] * weights.shape[3] * found.shape[2]
-        if num > _MOST:
-            raise ValueError(
-                f"{attack!r} would read {num:,} numbers of each model, at most {_MOST:,} are held: "
-                "choose order = 'sets'"
-            )
-        found = torch.einsum("mobe,mbd->moed", weights, found).flatten(2)
-        found = torch.cat([found, others], dim=2)
-    return found.flatten(1)
+def slopes(views: Sequence[ModelView], records: Tensor) -> Tensor:
+    """Return how each model's outputs rise with each input, and what they are, in the mean.
+
+    Over the records, and with the mean over the outputs taken out. Of a net of linear and rectified
+    layers a slope is the sum over paths of the product of their weights, each path counted for the
+    share of the records that pass all its neurons.
+
+    Returns:
+        Shape: ``(models, outputs * (numbers of a record + 1))``.
+    """
+
+    def read(view: ModelView) -> Tensor:
+        leaf = records.detach().clone().requires_grad_()
+        outputs = view.model.logits(view.params, leaf)
+        means = (outputs - outputs.mean(dim=1, keepdim=True)).mean(dim=0)
+        each = [torch.autograd.grad(m, leaf, retain_graph=True)[0].sum(dim=0) for m in means]
+        return torch.cat([torch.stack(each).flatten(), means.detach()]).cpu()
+
+    return torch.stack([read(view) for view in views])
 
 
 def _scaled(known: list[Layer], layers: list[Layer]) -> list[Layer]:
