@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -19,7 +18,7 @@ import torch
 from torch import Generator, Tensor
 from torch.func import vmap
 
-from turncoat.attacks.inversion.convolutions import Winograd
+from turncoat.attacks.inversion.convolutions import Held, Winograd
 from turncoat.attacks.inversion.gradients import Plain, Together, Way
 from turncoat.attacks.inversion.objectives import Apart, flat
 from turncoat.attacks.inversion.roles import (
@@ -308,11 +307,15 @@ class _Search:
             target = tuple(map(stacked, zip(*(g.target for g in guesses), strict=True)))
         variables = (variable, labels) if self.joint else (variable,)
         if self.step is None:
-            way = (Together if several else Plain)(learner, self.clue.model)
+            way: Way
+            if several:
+                way = Together(learner, self.clue.model)
+            else:
+                convolutions = Winograd() if self.recipe.compile else Held()
+                way = Plain(learner, self.clue.model, convolutions)
             self.step = partial(self._step, way, several)
             if self.recipe.compile:
-                tiled = nullcontext() if several else Winograd()
-                self.step = _compiled(self.step, tiled, variable, labels, target)
+                self.step = _compiled(self.step, variable, labels, target)
         step, last = self.step, torch.empty(0)
 
         def slope() -> Tensor:
@@ -397,16 +400,15 @@ class _Search:
 
 
 def _compiled(
-    step: Callable[..., tuple[Tensor, ...]], tiled: AbstractContextManager[Any], *example: Any
+    step: Callable[..., tuple[Tensor, ...]], *example: Any
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Return the iteration as one compiled graph; both derivatives are traced into it."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     try:
         with warnings.catch_warnings(action="ignore"):  # of the compiler's own, on its first import
-            with tiled:
-                step(*example)  # makes the kernels, of which the trace then holds the values
-                traced = make_fx(step)(*example)
+            step(*example)  # makes the kernels, of which the trace then holds the values
+            traced = make_fx(step)(*example)
             made: Callable[..., tuple[Tensor, ...]] = torch.compile(traced, fullgraph=True)
             made(*example)
     except Exception as error:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad
 
+from turncoat.attacks.inversion.convolutions import Held
 from turncoat.attacks.inversion.roles import Seen
 from turncoat.task import Learner, Model
 
@@ -32,8 +33,8 @@ class Way(Protocol):
 class Plain:
     """Gradients at the state that the module holds, or a way from it, by ``autograd.grad``."""
 
-    def __init__(self, learner: Learner, model: Model) -> None:
-        self.learner, self.model = learner, model
+    def __init__(self, learner: Learner, model: Model, convolutions: Held) -> None:
+        self.learner, self.model, self.convolutions = learner, model, convolutions
         named = model.module.named_parameters()
         self.leaves: dict[str, Tensor] = {n: p for n, p in named if p.requires_grad}
         for leaf in self.leaves.values():  # nobody steps: convolutions like memory of its own
@@ -42,7 +43,7 @@ class Plain:
     def __call__(
         self, away: Sequence[Tensor] | None, images: Tensor, labels: Tensor, watch: bool
     ) -> tuple[Sequence[Tensor], tuple[Seen, ...]]:
-        with _watched(self.model, watch) as layers:
+        with _watched(self.model, watch) as layers, self.convolutions:
             if away is None:
                 points = list(self.leaves.values())
                 outputs = self.learner.outputs(images)
@@ -55,7 +56,7 @@ class Plain:
         return slopes, tuple(layers)
 
     def layers(self, images: Tensor) -> tuple[Seen, ...]:
-        with _watched(self.model, True) as layers:
+        with _watched(self.model, True) as layers, self.convolutions:
             self.learner.outputs(images)
         return tuple(layers)
 
