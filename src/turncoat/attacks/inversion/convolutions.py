@@ -13,14 +13,21 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 
+_MANY = 1 << 25  # products of a convolution that outweigh a few calls of Python
+
 
 class Held(TorchFunctionMode):
     """Convolutions of a model that is not moved: bit by bit as usual, and an eighth cheaper.
 
     The second derivative of a usual one includes its weight's, a convolution of its own, even where
     only that of the images is asked for. Here a parameter has a slope in a pass that is recorded,
-    and none in the pass back through that.
+    and none in the pass back through that. Small ones, where Python costs more, stay as they are.
+
+    Attributes:
+        found: Whether there was any that is not small.
     """
+
+    found = False
 
     def __torch_function__(
         self,
@@ -34,9 +41,13 @@ class Held(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _convolved(self, args: tuple[Any, ...]) -> Any:
-        if isinstance(args[1], nn.Parameter) and args[1].requires_grad:
-            return _applied(_Convolved, *args[:3], args[3:])
-        return torch.conv2d(*args)
+        images, weight = args[:2]
+        if images.is_leaf or not isinstance(weight, nn.Parameter) or not weight.requires_grad:
+            return torch.conv2d(*args)  # of the first layer nothing is wasted
+        if len(images) * images[0, 0].numel() * weight.numel() < _MANY:
+            return torch.conv2d(*args)
+        self.found = True
+        return _applied(_Convolved, *args[:3], args[3:])
 
 
 class Winograd(Held):
@@ -54,6 +65,7 @@ class Winograd(Held):
 
     def _convolved(self, args: tuple[Any, ...]) -> Any:
         if self._suits(args):
+            self.found = True
             return self._by_tiles(args[0], args[1], args[2], args[4])
         return torch.conv2d(*args)
 
@@ -76,7 +88,7 @@ class Winograd(Held):
         tiles: Tensor = _applied(_Tiled, framed)
         kernels: Tensor = _applied(_Kernels, weight, self._kernels)
         _, _, n, rows, columns, _ = tiles.shape
-        products = torch.bmm(tiles.flatten(0, 1).flatten(1, 3), kernels.mT)
+        products = torch.bmm(tiles.flatten(0, 1).flatten(1, 3), kernels)
         out: Tensor = _applied(_Joined, products.view(6, 6, n, rows, columns, -1))
         out = out[:, :height, :width]
         out = out if bias is None else out + bias
@@ -138,8 +150,7 @@ class _Convolved(Function):
         images, weight = ctx.saved_tensors
         first, *others = ctx.needs_input_grad[:3]
         asked = [first, *(o and torch.is_grad_enabled() for o in others)]
-        given = (slopes[0], images, weight.detach(), ctx.how, asked)
-        return *_applied(_Slopes, *given), None
+        return *_applied(_Slopes, slopes[0], images, weight.detach(), ctx.how, asked), None
 
 
 class _Slopes(Function):
@@ -157,7 +168,9 @@ class _Slopes(Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(slope, images, weight)
         ctx.how = how
-        return _turned_back(slope, images, weight, how, asked)
+        stride, padding, dilation, groups = how
+        sizes = [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups
+        return torch.ops.aten.convolution_backward(slope, images, weight, *sizes, asked)
 
     @staticmethod
     @once_differentiable
@@ -171,30 +184,26 @@ class _Slopes(Function):
         if by_bias is not None:
             parts.append(by_bias[:, None, None].expand_as(slope))
         found = sum(parts[1:], start=parts[0]) if parts else None
-        turned = None
-        if by_weight is not None and ctx.needs_input_grad[1]:
-            turned, _, _ = _turned_back(slope, images, by_weight, ctx.how, [True, False, False])
-        return found, turned, None, None, None
+        if by_weight is None or not ctx.needs_input_grad[1]:
+            return found, None, None, None, None
+        return found, _turned_back(slope, images, by_weight, *ctx.how), None, None, None
 
 
 def _turned_back(
-    slope: Tensor, images: Tensor, weight: Tensor, how: tuple[Any, ...], asked: list[bool]
-) -> Any:
-    """Return the slopes of images, weight and bias; None for what is not asked for."""
-    stride, padding, dilation, groups = how
-    return torch.ops.aten.convolution_backward(
-        slope,
-        images,
-        weight,
-        [weight.shape[0]],
-        stride,
-        padding,
-        dilation,
-        False,
-        [0, 0],
-        groups,
-        asked,
-    )
+    slope: Tensor,
+    images: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Return the slope of the images of a convolution, as ``torch.autograd`` has it."""
+    left_over = [
+        (images.shape[i] + 2 * padding[i] - dilation[i] * (weight.shape[i] - 1) - 1) % stride[i]
+        for i in (-2, -1)
+    ]
+    return torch.conv_transpose2d(slope, weight, None, stride, padding, left_over, groups, dilation)
 
 
 class _Tiled(Function):
@@ -253,7 +262,7 @@ class _Unjoined(Function):
 
 
 class _Kernels(Function):
-    """Makes ``(36, out, in)`` of a weight: GgGᵀ. Those of the shared model are made once."""
+    """Makes ``(36, in, out)`` of a weight: GgGᵀ. Those of the shared model are made once."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, known: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
@@ -273,9 +282,8 @@ class _Weights(Function):
 
     @staticmethod
     def forward(ctx: Any, kernels: Tensor) -> Tensor:
-        turned = kernels.mT  # which is how a product gives them
-        taps = (_SPREAD.mT @ turned.flatten(1)).view(3, 3, *turned.shape[1:])
-        return taps.permute(3, 2, 0, 1)
+        taps = _SPREAD.mT @ kernels.flatten(1)
+        return taps.view(3, 3, *kernels.shape[1:]).permute(3, 2, 0, 1)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Any) -> Any:
@@ -283,7 +291,8 @@ class _Weights(Function):
 
 
 def _transformed(weight: Tensor) -> Tensor:
-    return (_SPREAD @ weight.flatten(2).flatten(0, 1).mT).view(36, *weight.shape[:2])
+    taps = weight.permute(2, 3, 1, 0).clone(memory_format=torch.contiguous_format)
+    return _both(_SPREAD, taps).flatten(0, 1)
 
 
 def _both(pairs: Tensor, tiles: Tensor) -> Tensor:
