@@ -590,8 +590,8 @@ def test_convolutions_of_held_weights_have_the_derivatives_of_the_usual_ones_bit
     def slopes() -> list[Tensor]:
         before = images.sin()
         out = layer(layer.weight.new_ones(()) * before)
-        found = torch.autograd.grad(out.tanh().mean(), layer.parameters(), create_graph=True)
-        cost = sum((f.square() * f).sum() for f in found) + out.square().mean()
+        found = torch.autograd.grad(out.tanh().mean(), [*layer.parameters()], create_graph=True)
+        cost = torch.stack([(f.square() * f).sum() for f in found]).sum() + out.square().mean()
         return [out, *found, *torch.autograd.grad(cost, images)]
 
     usual = slopes()
@@ -620,7 +620,7 @@ def test_nobody_works_out_the_slope_of_held_weights_on_the_way_back(
             for w in weights:
                 out = nn.functional.conv2d(out, w, None, (1, 1), (1, 1), (1, 1), 1).tanh()
             found = torch.autograd.grad(out.sum(), weights, create_graph=True)
-            torch.autograd.grad(sum(f.square().sum() for f in found), images)
+            torch.autograd.grad(torch.stack([f.square().sum() for f in found]).sum(), images)
         return float(counter.get_total_flops() / (2 * 2 * 81 * 9 * 8 * 8))
 
     assert num_convolutions() == 5 + 8

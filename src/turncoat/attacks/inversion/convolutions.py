@@ -44,7 +44,7 @@ class Held(TorchFunctionMode):
         images, weight = args[:2]
         if images.is_leaf or not isinstance(weight, nn.Parameter) or not weight.requires_grad:
             return torch.conv2d(*args)  # of the first layer nothing is wasted
-        if len(images) * images[0, 0].numel() * weight.numel() < _MANY:
+        if images[:, :1].numel() * weight.numel() < _MANY:
             return torch.conv2d(*args)
         self.found = True
         return _applied(_Convolved, *args[:3], args[3:])
@@ -53,8 +53,8 @@ class Held(TorchFunctionMode):
 class Winograd(Held):
     """Computes 3 x 3 convolutions by tiles of 4 x 4, with 4 times fewer multiplications [1]_.
 
-    To be traced and compiled: its copies are slow on their own. The results differ by rounding,
-    several times that of the usual sums.
+    To be traced and compiled, which merges its copies. The results differ by rounding, several
+    times that of the usual sums.
 
     .. [1] Lavin and Gray, CVPR 2016, section 4.3. https://arxiv.org/abs/1509.09308
     """
@@ -253,7 +253,8 @@ class _Unjoined(Function):
 
     @staticmethod
     def forward(ctx: Any, images: Tensor) -> Tensor:
-        tiles = images.unflatten(2, (-1, 4)).unflatten(1, (-1, 4)).permute(2, 4, 0, 1, 3, 5)
+        blocks = torch.unflatten(torch.unflatten(images, 2, (-1, 4)), 1, (-1, 4))
+        tiles = blocks.permute(2, 4, 0, 1, 3, 5)
         return _both(_JOIN.mT, tiles)
 
     @staticmethod
