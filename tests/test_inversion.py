@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch import Generator, Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from turncoat.attacks.inversion import engine
-from turncoat.attacks.inversion.convolutions import Winograd
+from turncoat.attacks.inversion import convolutions, engine
+from turncoat.attacks.inversion.convolutions import Held, Winograd
 from turncoat.attacks.inversion.engine import (
     CannotCompile,
     Clue,
@@ -559,6 +560,72 @@ def test_convolutions_by_tiles_have_the_derivatives_of_the_usual_ones(size: int)
     assert not torch.equal(usual[0], tiled[0])
     for one, other in zip(usual, tiled, strict=True):
         assert float((one - other).detach().abs().max()) < 1e-4 * float(one.detach().abs().max())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    size=st.integers(7, 12),
+    stride=st.integers(1, 3),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    dilation=st.integers(1, 2),
+    groups=st.sampled_from([1, 2]),
+    wide=st.booleans(),
+    biased=st.booleans(),
+)
+def test_convolutions_of_held_weights_have_the_derivatives_of_the_usual_ones_bit_by_bit(
+    size: int,
+    stride: int,
+    padding: tuple[int, int],
+    dilation: int,
+    groups: int,
+    wide: bool,
+    biased: bool,
+) -> None:
+    seed = torch.Generator().manual_seed(size)
+    channels = 128 if wide else 4  # wide ones have kernels of their own
+    images = torch.rand((1 + wide, channels, size, size + 1), generator=seed).requires_grad_()
+    with ambient(seed):
+        layer = nn.Conv2d(channels, 8, 3, stride, padding, dilation, groups, biased)
+
+    def slopes() -> list[Tensor]:
+        before = images.sin()
+        out = layer(layer.weight.new_ones(()) * before)
+        found = torch.autograd.grad(out.tanh().mean(), [*layer.parameters()], create_graph=True)
+        cost = torch.stack([(f.square() * f).sum() for f in found]).sum() + out.square().mean()
+        return [out, *found, *torch.autograd.grad(cost, images)]
+
+    usual = slopes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolutions, "_MANY", 0)
+        with Held() as mode:
+            held = slopes()
+    assert mode.found
+    assert all(map(torch.equal, usual, held))
+
+
+def test_nobody_works_out_the_slope_of_held_weights_on_the_way_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Forward; images and weights; their three slopes; images: seven, where autograd has eight.
+
+    The first layer has five: nobody asks for its images' slope in the recorded pass.
+    """
+    monkeypatch.setattr(convolutions, "_MANY", 0)
+    images = torch.rand((2, 8, 9, 9)).requires_grad_()
+    weights = [nn.Parameter(torch.randn((8, 8, 3, 3))) for _ in range(2)]
+
+    def num_convolutions() -> float:
+        with FlopCounterMode(display=False) as counter:
+            out = images
+            for w in weights:
+                out = nn.functional.conv2d(out, w, None, (1, 1), (1, 1), (1, 1), 1).tanh()
+            found = torch.autograd.grad(out.sum(), weights, create_graph=True)
+            torch.autograd.grad(torch.stack([f.square().sum() for f in found]).sum(), images)
+        return float(counter.get_total_flops() / (2 * 2 * 81 * 9 * 8 * 8))
+
+    assert num_convolutions() == 5 + 8
+    with Held():
+        assert num_convolutions() == 5 + 7
 
 
 def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,29 +1,33 @@
-"""Convolutions of a compiled inversion, with fewer multiplications."""
+"""Convolutions of an inversion: none that nobody asks for; compiled, fewer multiplications."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import isqrt
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 
+_MANY = 1 << 25  # products of a convolution that outweigh a few calls of Python
 
-class Winograd(TorchFunctionMode):
-    """Computes 3 x 3 convolutions by tiles of 4 x 4, with 4 times fewer multiplications [1]_.
 
-    To be traced and compiled: its many small sums are slow on their own. The results differ by
-    rounding, several times that of the usual sums.
+class Held(TorchFunctionMode):
+    """Convolutions of a model that is not moved: bit by bit as usual, and an eighth cheaper.
 
-    .. [1] Lavin and Gray, CVPR 2016, section 4.3. https://arxiv.org/abs/1509.09308
+    The second derivative of a usual one includes its weight's, a convolution of its own, even where
+    only that of the images is asked for. Here a parameter has a slope in a pass that is recorded,
+    and none in the pass back through that. Small ones, where Python costs more, stay as they are.
+
+    Attributes:
+        found: Whether there was any that is not small.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._kernels: dict[int, tuple[Tensor, Tensor]] = {}
+    found = False
 
     def __torch_function__(
         self,
@@ -32,15 +36,44 @@ class Winograd(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is torch.conv2d and not kwargs and _is_plain(args) and self._suits(args):
-            return self._by_tiles(args[0], args[1], args[2], args[4])
+        if func is torch.conv2d and not kwargs and _is_plain(args):
+            return self._convolved(args)
         return func(*args, **(kwargs or {}))
+
+    def _convolved(self, args: tuple[Any, ...]) -> Any:
+        images, weight = args[:2]
+        if images.is_leaf or not isinstance(weight, nn.Parameter) or not weight.requires_grad:
+            return torch.conv2d(*args)  # of the first layer nothing is wasted
+        if images[:, :1].numel() * weight.numel() < _MANY:
+            return torch.conv2d(*args)
+        self.found = True
+        return _applied(_Convolved, *args[:3], args[3:])
+
+
+class Winograd(Held):
+    """Computes 3 x 3 convolutions by tiles of 4 x 4, with 4 times fewer multiplications [1]_.
+
+    To be traced and compiled, which merges its copies. The results differ by rounding, several
+    times that of the usual sums.
+
+    .. [1] Lavin and Gray, CVPR 2016, section 4.3. https://arxiv.org/abs/1509.09308
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kernels: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _convolved(self, args: tuple[Any, ...]) -> Any:
+        if self._suits(args):
+            self.found = True
+            return self._by_tiles(args[0], args[1], args[2], args[4])
+        return torch.conv2d(*args)
 
     @staticmethod
     def _suits(args: tuple[Any, ...]) -> bool:
-        images, weight, _, stride, _, dilation = args[:6]
+        images, weight, _, stride, _, dilation, groups = args
         small = min(weight.shape[:2]) < 32 or min(images.shape[-2:]) < 16
-        one = tuple(stride) == tuple(dilation) == (1, 1)
+        one = tuple(stride) == tuple(dilation) == (1, 1) and groups == 1
         single = weight.dtype == torch.float32 and weight.device.type == "cpu"
         return one and single and not small and tuple(weight.shape[2:]) == (3, 3)
 
@@ -55,20 +88,45 @@ class Winograd(TorchFunctionMode):
         tiles: Tensor = _applied(_Tiled, framed)
         kernels: Tensor = _applied(_Kernels, weight, self._kernels)
         _, _, n, rows, columns, _ = tiles.shape
-        products = torch.bmm(tiles.flatten(0, 1).flatten(1, 3), kernels.mT)
+        products = torch.bmm(tiles.flatten(0, 1).flatten(1, 3), kernels)
         out: Tensor = _applied(_Joined, products.view(6, 6, n, rows, columns, -1))
         out = out[:, :height, :width]
         out = out if bias is None else out + bias
         return out.permute(0, 3, 1, 2)
 
 
+def _pairs(*rows: tuple[float, ...]) -> Tensor:
+    """Return the matrix ``M`` of these rows for both axes at once: ``MxMᵀ`` of a flat ``x``."""
+    matrix = torch.tensor(rows)
+    return torch.kron(matrix, matrix)
+
+
+_CUT = _pairs(  # Bᵀ
+    (4, 0, -5, 0, 1, 0),
+    (0, -4, -4, 1, 1, 0),
+    (0, 4, -4, -1, 1, 0),
+    (0, -2, -1, 2, 1, 0),
+    (0, 2, -1, -2, 1, 0),
+    (0, 4, 0, -5, 0, 1.0),
+)
+_SPREAD = _pairs(  # G
+    (1 / 4, 0, 0),
+    (-1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6),
+    (1 / 24, -1 / 12, 1 / 6),
+    (0, 0, 1),
+)
+_JOIN = _pairs(  # Aᵀ
+    (1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1.0)
+)
+_NO = (0, 0)  # padding of an axis
+
+
 def _is_plain(args: tuple[Any, ...]) -> bool:
-    """Whether these are the arguments that ``nn.Conv2d`` gives, for one group."""
+    """Whether these are the arguments that ``nn.Conv2d`` gives, padding in numbers."""
     return (
-        len(args) == 7
-        and args[6] == 1
-        and args[0].ndim == 4
-        and all(isinstance(a, tuple | list) for a in args[3:6])
+        len(args) == 7 and args[0].ndim == 4 and all(isinstance(a, tuple | list) for a in args[3:6])
     )
 
 
@@ -76,12 +134,85 @@ def _applied(function: Any, *args: Any) -> Any:
     return function.apply(*args)
 
 
+class _Convolved(Function):
+    """A convolution whose weight and bias have slopes in a recorded pass only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, images: Tensor, weight: Tensor, bias: Tensor | None, how: tuple[Any, ...]
+    ) -> Tensor:
+        ctx.save_for_backward(images, weight)
+        ctx.how, ctx.width = how, None if bias is None else bias.shape
+        return torch.conv2d(images, weight, bias, *how)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Any) -> Any:
+        images, weight = ctx.saved_tensors
+        first, *others = ctx.needs_input_grad[:3]
+        asked = [first, *(o and torch.is_grad_enabled() for o in others)]
+        return *_applied(_Slopes, slopes[0], images, weight.detach(), ctx.how, asked), None
+
+
+class _Slopes(Function):
+    """The slopes of a convolution, which depend on its outputs' slope and its images alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        slope: Tensor,
+        images: Tensor,
+        weight: Tensor,
+        how: tuple[Any, ...],
+        asked: list[bool],
+    ) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(slope, images, weight)
+        ctx.how = how
+        stride, padding, dilation, groups = how
+        sizes = [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups
+        return torch.ops.aten.convolution_backward(slope, images, weight, *sizes, asked)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_images: Any, by_weight: Any, by_bias: Any) -> Any:
+        slope, images, weight = ctx.saved_tensors
+        parts = []
+        if by_images is not None:
+            parts.append(torch.conv2d(by_images, weight, None, *ctx.how))
+        if by_weight is not None:
+            parts.append(torch.conv2d(images, by_weight, None, *ctx.how))
+        if by_bias is not None:
+            parts.append(by_bias[:, None, None].expand_as(slope))
+        found = sum(parts[1:], start=parts[0]) if parts else None
+        if by_weight is None or not ctx.needs_input_grad[1]:
+            return found, None, None, None, None
+        return found, _turned_back(slope, images, by_weight, *ctx.how), None, None, None
+
+
+def _turned_back(
+    slope: Tensor,
+    images: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Return the slope of the images of a convolution, as ``torch.autograd`` has it."""
+    left_over = [
+        (images.shape[i] + 2 * padding[i] - dilation[i] * (weight.shape[i] - 1) - 1) % stride[i]
+        for i in (-2, -1)
+    ]
+    return torch.conv_transpose2d(slope, weight, None, stride, padding, left_over, groups, dilation)
+
+
 class _Tiled(Function):
     """Cuts ``(n, height, width, channels)`` into ``(6, 6, n, rows, columns, channels)``: BᵀdB."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor) -> Tensor:
-        return _cut(_cut(images, 2), 2)
+        tiles = images.unfold(1, 6, 4).unfold(2, 6, 4).permute(4, 5, 0, 1, 2, 3)
+        return _both(_CUT, tiles)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Any) -> Any:
@@ -93,7 +224,12 @@ class _Untiled(Function):
 
     @staticmethod
     def forward(ctx: Any, tiles: Tensor) -> Tensor:
-        return _uncut(_uncut(tiles, 2), 2)
+        tiles = _both(_CUT.mT, tiles)
+        down = pad(tiles[:4], (*_NO, *_NO, 0, 1)) + pad(
+            tiles[4:], (*_NO, *_NO, 1, 0, *_NO, *_NO, 0, 2)
+        )
+        both = pad(down[:, :4], (*_NO, 0, 1)) + pad(down[:, 4:], (*_NO, 1, 0, *_NO, *_NO, 0, 2))
+        return both.permute(2, 3, 0, 4, 1, 5).flatten(3, 4).flatten(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Any) -> Any:
@@ -105,8 +241,7 @@ class _Joined(Function):
 
     @staticmethod
     def forward(ctx: Any, products: Tensor) -> Tensor:
-        rows = [torch.stack(_joined(*part), dim=3) for part in _joined(*products)]
-        return torch.stack(rows, dim=2).flatten(3, 4).flatten(1, 2)
+        return _both(_JOIN, products).permute(2, 3, 0, 4, 1, 5).flatten(3, 4).flatten(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Any) -> Any:
@@ -118,11 +253,9 @@ class _Unjoined(Function):
 
     @staticmethod
     def forward(ctx: Any, images: Tensor) -> Tensor:
-        rows = torch.unflatten(images, 1, (-1, 4)).unbind(2)
-        parts = []
-        for part in _spread(*rows):
-            parts.append(torch.stack(_spread(*torch.unflatten(part, 2, (-1, 4)).unbind(3))))
-        return torch.stack(parts)
+        blocks = torch.unflatten(torch.unflatten(images, 2, (-1, 4)), 1, (-1, 4))
+        tiles = blocks.permute(2, 4, 0, 1, 3, 5)
+        return _both(_JOIN.mT, tiles)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Any) -> Any:
@@ -130,7 +263,7 @@ class _Unjoined(Function):
 
 
 class _Kernels(Function):
-    """Makes ``(36, out, in)`` of a weight: GgGᵀ. Those of the shared model are made once."""
+    """Makes ``(36, in, out)`` of a weight: GgGᵀ. Those of the shared model are made once."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, known: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
@@ -150,10 +283,8 @@ class _Weights(Function):
 
     @staticmethod
     def forward(ctx: Any, kernels: Tensor) -> Tensor:
-        taps: list[Tensor] = []
-        for part in _folded(*torch.unflatten(kernels, 0, (6, 6))):
-            taps += _folded(*part)
-        return torch.unflatten(torch.stack(taps, dim=2), 2, (3, 3))
+        taps = _SPREAD.mT @ kernels.flatten(1)
+        return taps.view(3, 3, *kernels.shape[1:]).permute(3, 2, 0, 1)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Any) -> Any:
@@ -161,51 +292,11 @@ class _Weights(Function):
 
 
 def _transformed(weight: Tensor) -> Tensor:
-    rows = _unfolded(*weight.unbind(2))
-    return torch.stack([k for row in rows for k in _unfolded(*row.unbind(2))])
+    taps = weight.permute(2, 3, 1, 0).clone(memory_format=torch.contiguous_format)
+    return _both(_SPREAD, taps).flatten(0, 1)
 
 
-def _unfolded(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-    """Return G, times three."""
-    p, q, r, s = (a + c) / -6, b / -6, a / 24 + c / 6, b / 12
-    return a / 4, p + q, p - q, r + s, r - s, c
-
-
-def _folded(a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor, f: Tensor) -> tuple[Tensor, ...]:
-    """Return Gᵀ, times six."""
-    p, q, r, s = b + c, b - c, d + e, d - e
-    return a / 4 - p / 6 + r / 24, s / 12 - q / 6, r / 6 - p / 6 + f
-
-
-def _joined(a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor, f: Tensor) -> tuple[Tensor, ...]:
-    """Return Aᵀ, times six."""
-    p, q, r, s = b + c, b - c, d + e, d - e
-    return a + p + r, q + 2 * s, p + 4 * r, q + 8 * s + f
-
-
-def _spread(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, ...]:
-    """Return A, times four."""
-    p, q, r, s = a + c, b + d, a + 4 * c, 2 * b + 8 * d
-    return a, p + q, p - q, r + s, r - s, d
-
-
-def _cut(x: Tensor, dim: int) -> Tensor:
-    """Return Bᵀ, times six neighbours along an axis, every four of them, on a new first axis."""
-    fours = torch.unflatten(x, dim, (-1, 4)).unbind(dim + 1)
-    num = fours[0].shape[dim] - 1
-    a, b, c, d = (four.narrow(dim, 0, num) for four in fours)
-    e, f = (four.narrow(dim, 1, num) for four in fours[:2])
-    p, q, r, s = e - 4 * c, d - 4 * b, e - c, 2 * (d - b)
-    return torch.stack([4 * a - 5 * c + e, p + q, p - q, r + s, r - s, 4 * b - 5 * d + f])
-
-
-def _uncut(x: Tensor, dim: int) -> Tensor:
-    """Return the transpose of ``_cut``; ``dim`` is the axis of ``x`` less its first."""
-    a, b, c, d, e, f = x
-    p, q, r, s = b + c, b - c, d + e, 2 * (d - e)
-    fours = [4 * a, 4 * f - 4 * q - s, -5 * a - 4 * p - r, q + s - 5 * f]
-    last = [0, 0] * (x.ndim - 2 - dim)
-    fours = [pad(four, [*last, 0, 1]) for four in fours]
-    fours[0] = fours[0] + pad(a + p + r, [*last, 1, 0])
-    fours[1] = fours[1] + pad(f, [*last, 1, 0])
-    return torch.stack(fours, dim=dim + 1).flatten(dim, dim + 1)
+def _both(pairs: Tensor, tiles: Tensor) -> Tensor:
+    """Return a matrix times both of the first two axes of ``tiles``."""
+    mixed = pairs @ tiles.flatten(0, 1).flatten(1)
+    return mixed.view(isqrt(len(pairs)), -1, *tiles.shape[2:])

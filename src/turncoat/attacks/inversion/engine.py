@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -19,9 +18,9 @@ import torch
 from torch import Generator, Tensor
 from torch.func import vmap
 
-from turncoat.attacks.inversion.convolutions import Winograd
+from turncoat.attacks.inversion.convolutions import Held, Winograd
 from turncoat.attacks.inversion.gradients import Plain, Together, Way
-from turncoat.attacks.inversion.objectives import Apart, flat
+from turncoat.attacks.inversion.objectives import Apart, Scattered, flat
 from turncoat.attacks.inversion.roles import (
     Clue,
     LabelRule,
@@ -233,6 +232,7 @@ class _Search:
         asked = {name for prior in recipe.priors for name in asks(code_of(prior))[0]}
         self.watch = bool(asked & {"activations", "layers"})
         self.step: Callable[..., tuple[Tensor, ...]] | None = None
+        self.guessed: tuple[Tensor, ...] = ()  # by a step to compile: how its gradients lie
 
     def __call__(
         self, rng: Generator, drafts: Drafts | None = None, first: int = 0
@@ -304,15 +304,13 @@ class _Search:
         variable = stacked(g.variable for g in guesses)
         labels = stacked(g.labels for g in guesses)
         target = guesses[0].target
-        if several or self.recipe.compile:  # a plain tuple, which these can look into
+        if several:  # a plain tuple, which vmap can look into
             target = tuple(map(stacked, zip(*(g.target for g in guesses), strict=True)))
         variables = (variable, labels) if self.joint else (variable,)
         if self.step is None:
-            way = (Together if several else Plain)(learner, self.clue.model)
-            self.step = partial(self._step, way, several)
-            if self.recipe.compile:
-                tiled = nullcontext() if several else Winograd()
-                self.step = _compiled(self.step, tiled, variable, labels, target)
+            self.step = self._first_step(learner, several, variable, labels, target)
+        if self.guessed:
+            target = tuple(Scattered.like(self.guessed, target))
         step, last = self.step, torch.empty(0)
 
         def slope() -> Tensor:
@@ -335,6 +333,34 @@ class _Search:
         made = [Reconstruction(i.detach(), y) for i, y in zip(images, said, strict=True)]
         return last.reshape(-1).tolist(), made
 
+    def _first_step(
+        self,
+        learner: Learner,
+        several: bool,
+        variable: Tensor,
+        labels: Tensor,
+        target: tuple[Tensor, ...],
+    ) -> Callable[..., tuple[Tensor, ...]]:
+        """Return the iteration, compiled if it shall be; of several guesses at once, or of one."""
+        model, compiling = self.clue.model, self.recipe.compile
+        if several:
+            step = partial(self._step, Together(learner, model), True)
+            return _compiled(step, variable, labels, target) if compiling else step
+        way = Plain(learner, model, Winograd() if compiling else Held())
+        step = partial(self._step, way, False)
+        if not compiling:
+            return step
+        guessed, _, _ = self._guessed(way, variable, labels)
+        self.guessed = tuple(g.detach() for g in guessed)
+        way.lay(self.guessed)
+
+        def scattered(
+            variable: Tensor, labels: Tensor, target: tuple[Tensor, ...]
+        ) -> tuple[Tensor, ...]:
+            return step(variable, labels, Scattered(target))
+
+        return _compiled(scattered, variable, labels, tuple(Scattered.like(guessed, target)))
+
     def _step(
         self, way: Way, several: bool, variable: Tensor, labels: Tensor, target: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
@@ -355,9 +381,7 @@ class _Search:
         self, way: Way, variable: Tensor, labels: Tensor, target: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor]:
         recipe, clue = self.recipe, self.clue
-        images = recipe.space.decode(variable)
-        soft = labels.softmax(dim=1) if self.joint else labels
-        guessed, layers = self._gradient(way, images, soft)
+        guessed, images, layers = self._guessed(way, variable, labels)
         objective = recipe.objective(guessed, target)
         offers = {
             "labels": labels.argmax(dim=1) if self.joint else labels,
@@ -371,6 +395,15 @@ class _Search:
         for prior in recipe.priors:
             total = total + call(prior, images, **offers)
         return objective, total
+
+    def _guessed(
+        self, way: Way, variable: Tensor, labels: Tensor
+    ) -> tuple[Sequence[Tensor], Tensor, tuple[Seen, ...]]:
+        """Return the gradient of a guess, its images, and what each layer did if watched."""
+        images = self.recipe.space.decode(variable)
+        soft = labels.softmax(dim=1) if self.joint else labels
+        guessed, layers = self._gradient(way, images, soft)
+        return guessed, images, layers
 
     def _gradient(
         self, way: Way, images: Tensor, labels: Tensor
@@ -397,16 +430,15 @@ class _Search:
 
 
 def _compiled(
-    step: Callable[..., tuple[Tensor, ...]], tiled: AbstractContextManager[Any], *example: Any
+    step: Callable[..., tuple[Tensor, ...]], *example: Any
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Return the iteration as one compiled graph; both derivatives are traced into it."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     try:
         with warnings.catch_warnings(action="ignore"):  # of the compiler's own, on its first import
-            with tiled:
-                step(*example)  # makes the kernels, of which the trace then holds the values
-                traced = make_fx(step)(*example)
+            step(*example)  # makes the kernels, of which the trace then holds the values
+            traced = make_fx(step)(*example)
             made: Callable[..., tuple[Tensor, ...]] = torch.compile(traced, fullgraph=True)
             made(*example)
     except Exception as error:

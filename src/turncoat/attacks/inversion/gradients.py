@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad
 
+from turncoat.attacks.inversion.convolutions import Held
 from turncoat.attacks.inversion.roles import Seen
 from turncoat.task import Learner, Model
 
@@ -32,8 +33,9 @@ class Way(Protocol):
 class Plain:
     """Gradients at the state that the module holds, or a way from it, by ``autograd.grad``."""
 
-    def __init__(self, learner: Learner, model: Model) -> None:
+    def __init__(self, learner: Learner, model: Model, convolutions: Held) -> None:
         self.learner, self.model = learner, model
+        self.convolutions: Held | None = convolutions
         named = model.module.named_parameters()
         self.leaves: dict[str, Tensor] = {n: p for n, p in named if p.requires_grad}
         for leaf in self.leaves.values():  # nobody steps: convolutions like memory of its own
@@ -42,7 +44,7 @@ class Plain:
     def __call__(
         self, away: Sequence[Tensor] | None, images: Tensor, labels: Tensor, watch: bool
     ) -> tuple[Sequence[Tensor], tuple[Seen, ...]]:
-        with _watched(self.model, watch) as layers:
+        with _watched(self.model, watch) as layers, self.convolutions or nullcontext():
             if away is None:
                 points = list(self.leaves.values())
                 outputs = self.learner.outputs(images)
@@ -50,12 +52,19 @@ class Plain:
                 points = [p + a for p, a in zip(self.leaves.values(), away, strict=True)]
                 named = dict(zip(self.leaves, points, strict=True))
                 outputs = functional_call(self.model.module, named, (images,))
+        if self.convolutions and not self.convolutions.found:  # nor will it find any
+            self.convolutions = None
         loss = self.model.criterion(outputs, labels)
         slopes = torch.autograd.grad(loss, points, create_graph=True, materialize_grads=True)
         return slopes, tuple(layers)
 
+    def lay(self, gradients: Sequence[Tensor]) -> None:
+        """Put each parameter into memory as its gradient lies there."""
+        for leaf, g in zip(self.leaves.values(), gradients, strict=True):
+            leaf.data = torch.empty_like(g).copy_(leaf.data)
+
     def layers(self, images: Tensor) -> tuple[Seen, ...]:
-        with _watched(self.model, True) as layers:
+        with _watched(self.model, True) as layers, self.convolutions or nullcontext():
             self.learner.outputs(images)
         return tuple(layers)
 

@@ -27,6 +27,9 @@ class Cosine:
         if isinstance(target, Apart):  # one guess at a time: the slope by hand
             fused: Tensor = _apply(_OneLessCosine, target, *guessed)
             return fused
+        if isinstance(target, Scattered):
+            dot = torch.stack([(g * t).sum() for g, t in zip(guessed, target, strict=True)]).sum()
+            return 1 - dot / (_norm(guessed) * _norm(target)).clamp(min=1e-12)
         a, b = flat(guessed), flat(target)
         apart: Tensor = 1 - a.dot(b) / (a.norm() * b.norm()).clamp(min=1e-12)
         return apart
@@ -94,6 +97,21 @@ class Apart(tuple[Tensor, ...]):
         made = cls(parts)
         made.whole = whole
         return made
+
+
+class Scattered(tuple[Tensor, ...]):
+    """Tensors that lie in memory each as its guess does: to be compared one by one."""
+
+    @classmethod
+    def like(cls, guessed: Iterable[Tensor], tensors: Iterable[Tensor]) -> Self:
+        """Return copies of the tensors with the strides of the guesses."""
+        pairs = zip(guessed, tensors, strict=True)
+        return cls(torch.empty_like(g).copy_(t) for g, t in pairs)
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    norm: Tensor = torch.stack([t.norm() for t in tensors]).norm()
+    return norm
 
 
 def _apply(function: Any, *args: Any) -> Any:
