@@ -347,6 +347,30 @@ def test_a_second_search_is_held_to_what_the_latents_found_or_nearer_to_the_upda
     assert apart(free) < 0.5 * apart(alone)
 
 
+def test_a_second_search_beats_latents_alone_and_pixels_alone_under_some_noise() -> None:
+    """Noise ten times as long as the gradient."""
+    space = Learned(num_steps=120).trained(numbers().population, RANDOM.at("learn"))
+    ways: dict[str, dict[str, Any]] = {
+        "pixels": {"priors": (TotalVariation(1e-2),), "optimiser": SignedAdam(100)},
+        "latents": {"space": space},
+        "both": {"space": replace(space, pull=0.1)},
+    }
+    found = dict.fromkeys(ways, 0.0)
+    for client in range(4):
+        data = victim(1, client)
+        clue = clue_of(numbers().model, data, noise=10.0)
+        recipe = Recipe(
+            objective=Cosine(),
+            optimiser=SignedAdam(50),
+            start=Uniform(),
+            labels=Given(tuple(data[1].tolist())),
+        )
+        for name, more in ways.items():
+            images = invert(clue, replace(recipe, **more), rng=RANDOM.at("invert", client)).inputs
+            found[name] += float(psnr(images, data[0])) / 4
+    assert found["both"] > max(found["pixels"], found["latents"]) + 0.5
+
+
 def test_guesses_begin_at_the_attackers_own_images_of_their_class() -> None:
     own = numbers().population
     labels = torch.tensor([3, 3, 8])
