@@ -782,7 +782,9 @@ SEARCHED = {  # the parts of an inversion: each is tried in one
     "space": {
         "pixels": trivial(Pixels()),
         "squashed": trivial(Squashed(0.1), {"margin": 0.5}),
-        "learned": cited(Learned(num_latents=4, num_steps=2), {"noise": 0.0}, {"width": 0}),
+        "learned": cited(
+            Learned(num_latents=4, num_steps=2), {"noise": 0.0}, {"width": 0}, {"pull": -1.0}
+        ),
     },
 }
 ARGUMENTS = {

@@ -22,7 +22,7 @@ from turncoat.attacks.inversion.engine import Clue, Prior, Recipe, Seen, invert
 from turncoat.attacks.inversion.labels import Given
 from turncoat.attacks.inversion.learned import Decoded, Learned
 from turncoat.attacks.inversion.objectives import Cosine, Silent
-from turncoat.attacks.inversion.optimisers import Adam, SignedAdam
+from turncoat.attacks.inversion.optimisers import LBFGS, Adam, SignedAdam
 from turncoat.attacks.inversion.priors import (
     BatchNormStatistics,
     FeaturePrior,
@@ -30,6 +30,7 @@ from turncoat.attacks.inversion.priors import (
     StylePrior,
     TotalVariation,
 )
+from turncoat.attacks.inversion.segmentation import MeanImage
 from turncoat.attacks.inversion.starts import Uniform
 from turncoat.metrics.images import psnr
 from turncoat.randomness import Randomness
@@ -50,6 +51,7 @@ PRIORS = (
     StylePrior(1.0, layers=(0, 3), num_references=2),
     FeaturePrior(1.0),
     FeaturePrior(1.0, layers=(0, -1), num_references=1),
+    FeaturePrior(1.0, layers=(0, -2), num_references=2, distinctive=True),
 )
 
 
@@ -142,6 +144,61 @@ def test_an_adversarial_prior_is_zero_at_the_attackers_own_images(prior: Prior) 
     there = float(value(ready, model, clue.before, own[0]))
     elsewhere = float(value(ready, model, clue.before, own[0].roll(1, dims=0)))
     assert there < 1e-9 < 1e-3 < elsewhere
+
+
+def test_a_distinctive_prior_is_0_at_its_class_1_at_the_others_and_blind_across() -> None:
+    """Of the first convolution, whose features of a mean image are the mean of features."""
+    inputs, held = numbers().population
+    labels = torch.tensor([3, 8])
+    clue, model = clue_of(numbers().model, victim(2)), numbers().model
+    ready = prepared(FeaturePrior(1.0, layers=(0,), distinctive=True), clue, labels)
+    own = torch.stack([inputs[held == c].mean(dim=0) for c in labels])
+    others = torch.stack([inputs[held != c].mean(dim=0) for c in labels])
+    at = [float(value(ready, model, clue.before, x)) for x in (own, (own + others) / 2, others)]
+    assert at == pytest.approx([0.0, 0.25, 1.0], abs=1e-4)
+
+    def along(images: Tensor) -> Tensor:
+        return value(ready, model, clue.before, images.double())
+
+    middle = ((own + others) / 2).double().requires_grad_()
+    (slope,) = torch.autograd.grad(along(middle), middle)
+    way = torch.randn(own.shape, generator=RANDOM.at("x"), dtype=torch.float64)
+    steepest = slope.flatten(1) / slope.flatten(1).norm(dim=1, keepdim=True)
+    across = way.flatten(1) - (way.flatten(1) * steepest).sum(1, keepdim=True) * steepest
+    moved = along(middle.detach() + across.reshape(own.shape))
+    assert float(moved) == pytest.approx(0.25, abs=1e-4)
+
+
+def test_a_class_with_nothing_to_be_told_from_is_left_free() -> None:
+    inputs, held = numbers().population
+    threes = inputs[held == 3], held[held == 3]
+    for population, label in ((threes, 3), (threes, 8)):
+        clue = clue_of(numbers().model, victim(1), population)
+        ready = prepared(FeaturePrior(1.0, distinctive=True), clue, torch.tensor([label]))
+        assert float(value(ready, numbers().model, clue.before, inputs[:1])) == 0.0
+
+
+def test_what_distinguishes_a_class_helps_by_itself_and_harms_if_it_is_anothers() -> None:
+    """From the mean of all images, which is of no class, and without a gradient."""
+    own = numbers().population
+    wrong = own[0], (own[1] + 1) % 10
+    prior = FeaturePrior(1.0, layers=(0,), distinctive=True)
+    gains: dict[str, list[float]] = {"right": [], "wrong": []}
+    for client in range(4):
+        data = victim(4, client)
+        none = psnr(own[0].mean(dim=0).expand_as(data[0]), data[0])
+        for name, population in (("right", own), ("wrong", wrong)):
+            recipe = Recipe(
+                objective=Silent(),
+                optimiser=LBFGS(2),
+                start=MeanImage(),
+                labels=Given(tuple(data[1].tolist())),
+                priors=(prior,),
+            )
+            clue = clue_of(numbers().model, data, population)
+            images = invert(clue, recipe, rng=RANDOM.at("invert")).inputs
+            gains[name].append(float((psnr(images, data[0]) - none).mean()))
+    assert max(gains["wrong"]) < 0 < min(gains["right"])
 
 
 def test_pixels_are_pulled_to_the_mean_of_the_population() -> None:
@@ -264,6 +321,54 @@ def test_a_learned_space_beats_pixels_where_the_update_is_noisy_and_not_where_it
             found[name] = sum(values) / len(values)
         gains[noise] = found["learned"] - found["pixels"]
     assert gains[30.0] > 0 > gains[0.0]
+
+
+def test_a_second_search_is_held_to_what_the_latents_found_or_nearer_to_the_update() -> None:
+    data = victim(1)
+    clue = clue_of(numbers().model, data)
+
+    def found(pull: float | None) -> Tensor:
+        recipe = Recipe(
+            objective=Cosine(),
+            optimiser=Adam(30, 0.02),
+            start=Uniform(),
+            labels=Given(tuple(data[1].tolist())),
+            space=Learned(num_latents=4, num_steps=40, pull=pull),
+        )
+        return invert(clue, recipe, rng=RANDOM.at("invert")).inputs
+
+    def apart(images: Tensor) -> float:
+        """From the update, by the cosine of the gradient."""
+        made = clue_of(numbers().model, (images, data[1])).delta
+        return float(1 - torch.cosine_similarity(made, clue.delta, dim=0))
+
+    alone, held, free = found(None), found(1e4), found(0.0)
+    assert float((held - alone).abs().mean()) < 0.01 < 0.05 < float((free - alone).abs().mean())
+    assert apart(free) < 0.5 * apart(alone)
+
+
+def test_a_second_search_beats_latents_alone_and_pixels_alone_under_some_noise() -> None:
+    """Noise ten times as long as the gradient."""
+    space = Learned(num_steps=120).trained(numbers().population, RANDOM.at("learn"))
+    ways: dict[str, dict[str, Any]] = {
+        "pixels": {"priors": (TotalVariation(1e-2),), "optimiser": SignedAdam(100)},
+        "latents": {"space": space},
+        "both": {"space": replace(space, pull=0.1)},
+    }
+    found = dict.fromkeys(ways, 0.0)
+    for client in range(4):
+        data = victim(1, client)
+        clue = clue_of(numbers().model, data, noise=10.0)
+        recipe = Recipe(
+            objective=Cosine(),
+            optimiser=SignedAdam(50),
+            start=Uniform(),
+            labels=Given(tuple(data[1].tolist())),
+        )
+        for name, more in ways.items():
+            images = invert(clue, replace(recipe, **more), rng=RANDOM.at("invert", client)).inputs
+            found[name] += float(psnr(images, data[0])) / 4
+    assert found["both"] > max(found["pixels"], found["latents"]) + 0.5
 
 
 def test_guesses_begin_at_the_attackers_own_images_of_their_class() -> None:

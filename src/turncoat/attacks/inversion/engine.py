@@ -166,7 +166,7 @@ def invert_all(
             for clue in alike:
                 done = drafts.get(len(found), rng) if drafts else None
                 if done is None:
-                    (done,) = _Search(_prepared(recipe, clue, rng), (clue,))(rng)
+                    done = _found(_prepared(recipe, clue, rng), clue, rng)
                     if drafts:
                         drafts.put(len(found), done, rng)
                 found.append(done)
@@ -210,6 +210,34 @@ def _prepared(recipe: Recipe, clue: Clue, rng: Generator) -> Recipe:
         space=fitted(recipe.space),
         priors=tuple(map(fitted, recipe.priors)),
     )
+
+
+def _found(recipe: Recipe, clue: Clue, rng: Generator) -> Reconstruction:
+    """Search in the recipe's space; then, if that says so, go on in pixels from there."""
+    (found,) = _Search(recipe, (clue,))(rng)
+    onwards = getattr(recipe.space, "onwards", None)
+    hold = onwards(found.inputs) if onwards else None
+    if hold is None:
+        return found
+    further = replace(
+        recipe,
+        start=_There(found.inputs),
+        labels=_There(found.labels),
+        priors=(*recipe.priors, hold),
+        space=Pixels(),
+        num_restarts=1,
+    )
+    return _Search(further, (clue,))(rng)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class _There:
+    """A start, or a rule for labels, that says what was found before."""
+
+    found: Tensor
+
+    def __call__(self, *args: Any, **offers: Any) -> Tensor:
+        return self.found
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,8 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import interpolate, silu
 
 from turncoat.attacks.inversion.engine import Clue
+from turncoat.attacks.inversion.priors import Near
+from turncoat.describe import ADDED
 from turncoat.task import Batch
 from turncoat.validate import at_least, positive
 
@@ -22,8 +24,12 @@ class Learned:
     search cannot leave what such data look like, which helps where an update says little, or is
     noisy, and forbids the last detail where it says all.
 
+    With a ``pull`` the latents are the first of two searches: the second moves pixels, by the same
+    optimiser from what the first found, and is held to that.
+
     Differs from the paper: a VAE in place of a GAN, which some hundred images would not train; its
-    weights stay as trained (the paper goes on to fit them to each update).
+    weights stay as trained (the paper goes on to fit them to each update, to leave what the model
+    can make: here that is up to ``pull``).
 
     Args:
         num_latents: Numbers that stand for an image.
@@ -32,6 +38,8 @@ class Learned:
         noise: Standard deviation of a pixel around what is decoded: the smaller, the sharper, and
             the less of a Gaussian the latents are.
         bound: Latents stay within so many standard deviations.
+        pull: Weight of the mean square distance, in the second search, from what the first found;
+            None for the first alone.
 
     .. [1] Jeon et al., NeurIPS 2021, section 4. https://arxiv.org/abs/2110.14962
     .. [2] Kingma and Welling, ICLR 2014, eq. (10). https://arxiv.org/abs/1312.6114
@@ -44,11 +52,13 @@ class Learned:
     lr: float = 2e-3
     noise: float = 0.1
     bound: float = 3.0
+    pull: float | None = field(default=None, metadata=ADDED)
 
     def __post_init__(self) -> None:
         at_least(1, self, num_latents=self.num_latents, width=self.width)
         at_least(1, self, num_steps=self.num_steps, batch_size=self.batch_size)
         positive(self, lr=self.lr, noise=self.noise, bound=self.bound)
+        at_least(0, self, pull=self.pull)
 
     def prepared(self, clue: Clue, labels: Tensor, rng: Generator) -> Decoded:
         """Return the space of a model trained on the clue's population, for guesses of ``labels``.
@@ -71,7 +81,7 @@ class Learned:
         net = net.to(inputs.device)
         _begin(net, rng)
         _train(net, inputs, _one_hot(own, classes), self, rng)
-        return Trained(net, classes, self.bound)
+        return Trained(net, classes, self.bound, self.pull)
 
     def encode(self, start: Tensor) -> Tensor:
         raise _unprepared()
@@ -94,10 +104,12 @@ class Trained:
     net: _VAE = field(repr=False)
     classes: Tensor = field(repr=False)  # that it knows
     bound: float
+    pull: float | None = None
 
     def prepared(self, clue: Clue, labels: Tensor, rng: Generator) -> Decoded:
         """Return the space for guesses of ``labels``; the clue's population is left alone."""
-        return Decoded(self.net, _one_hot(labels.to(self.classes), self.classes), self.bound)
+        classes = _one_hot(labels.to(self.classes), self.classes)
+        return Decoded(self.net, classes, self.bound, self.pull)
 
     def encode(self, start: Tensor) -> Tensor:
         raise _unprepared()
@@ -116,6 +128,7 @@ class Decoded:
     net: _VAE = field(repr=False)
     classes: Tensor = field(repr=False)  # of the guesses, one hot
     bound: float
+    pull: float | None = None
 
     def encode(self, start: Tensor) -> Tensor:
         """Return the latents nearest to some images. Shape: ``(n, num_latents)``."""
@@ -131,6 +144,10 @@ class Decoded:
         """Bring latents back to where the model was trained, in place."""
         with torch.no_grad():
             variable.clamp_(-self.bound, self.bound)
+
+    def onwards(self, found: Tensor) -> Near | None:
+        """Return what holds a second search, of pixels, to what this one found; None for none."""
+        return None if self.pull is None else Near(self.pull, found)
 
 
 class _VAE(nn.Module):

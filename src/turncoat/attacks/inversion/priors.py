@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from turncoat.attacks.inversion.adversarial_start import own_images
 from turncoat.attacks.inversion.engine import Clue, Seen
+from turncoat.describe import ADDED
 from turncoat.randomness import ambient
 from turncoat.task import Model
 from turncoat.validate import at_least, one_of
@@ -50,10 +51,10 @@ class PixelNorm:
     def __post_init__(self) -> None:
         at_least(0, self, weight=self.weight)
 
-    def prepared(self, clue: Clue, labels: Tensor, rng: Generator) -> _Near:
+    def prepared(self, clue: Clue, labels: Tensor, rng: Generator) -> Near:
         """Return the prior that holds the mean of each channel."""
         axes = (0, *range(2, clue.population[0].ndim))
-        return _Near(self.weight, clue.population[0].mean(dim=axes, keepdim=True))
+        return Near(self.weight, clue.population[0].mean(dim=axes, keepdim=True))
 
     def __call__(self, images: Tensor) -> Tensor:
         """Without ``prepared``, around 0."""
@@ -160,13 +161,20 @@ class FeaturePrior:
     The distance is ``|f - f*|² / |f*|²`` of what some layers of the shared model put out, averaged
     over layers and guesses, where ``f*`` is the mean over the attacker's images.
 
+    What images of all classes share is most of that. ``distinctive`` leaves it to the gradient, and
+    holds the guess to what tells its class from the others: with ``o*`` the mean over all of the
+    attacker's images of other classes and ``d = f* - o*``, the distance is
+    ``((f - f*)·d / |d|²)²``, which is 0 at ``f*`` and 1 at ``o*``.
+
     Differs from the paper: layers count alike, whatever their size. Which layers and weights it
-    takes is not known to us: these were chosen after a few trials.
+    takes is not known to us: these were chosen after a few trials. ``distinctive`` is ours.
 
     Args:
         layers: Places among the leaf layers' outputs, in the order of computation: -2 is what
             the last layer reads.
         num_references: As in ``StylePrior``.
+        distinctive: Compare along what distinguishes the class alone. A class that the attacker has
+            none of, or nothing but, is left free.
 
     .. [1] Usynin et al., ACM TOPS 2023. https://arxiv.org/abs/2203.00481
     """
@@ -174,14 +182,17 @@ class FeaturePrior:
     weight: float = 1e-2
     layers: tuple[int, ...] = (-2,)
     num_references: int | None = None
+    distinctive: bool = field(default=False, metadata=ADDED)
 
     def __post_init__(self) -> None:
         at_least(0, self, weight=self.weight)
         at_least(1, self, num_references=self.num_references)
         _check_layers(self, self.layers)
 
-    def prepared(self, clue: Clue, labels: Tensor, rng: Generator) -> _Alike:
+    def prepared(self, clue: Clue, labels: Tensor, rng: Generator) -> _Alike | _Told:
         """Return the prior that holds the features of the attacker's images."""
+        if self.distinctive:
+            return _told(self, clue, labels, rng)
         return _alike(self, _same, self.layers, clue, labels, rng)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -189,7 +200,9 @@ class FeaturePrior:
 
 
 @dataclass(frozen=True, eq=False)
-class _Near:
+class Near:
+    """Images are near some: ``weight`` times their mean square distance from ``centre``."""
+
     weight: float
     centre: Tensor
 
@@ -231,6 +244,24 @@ class _Alike:
         return self.weight * total / len(self.layers)
 
 
+@dataclass(frozen=True, eq=False)
+class _Told:
+    """Along what tells each guess's class from the others, layers show what its references do."""
+
+    weight: float
+    layers: tuple[int, ...]
+    references: tuple[Tensor, ...] = field(repr=False)
+    directions: tuple[Tensor, ...] = field(repr=False)
+
+    def __call__(self, images: Tensor, *, activations: Sequence[Tensor]) -> Tensor:
+        total = images.new_zeros(())
+        for place, near, way in zip(self.layers, self.references, self.directions, strict=True):
+            along = ((activations[place] - near) * way).flatten(1).sum(dim=1)
+            size = way.square().flatten(1).sum(dim=1).clamp(min=1e-12)
+            total = total + (along / size).square().mean()
+        return self.weight * total / len(self.layers)
+
+
 def _check_layers(owner: StylePrior | FeaturePrior, layers: tuple[int, ...]) -> None:
     if not layers or not all(isinstance(place, int) for place in layers):
         raise ValueError(
@@ -254,21 +285,49 @@ def _alike(
     outputs = _activations(clue.model, clue.before, own, rng)
     if layers is None:
         layers = tuple(i for i, out in enumerate(outputs) if out.ndim > 2)
+    _check_places(prior, layers, clue.model, len(outputs))
+    places = [torch.searchsorted(used, c.cpu()) for c in chosen]
+    references = tuple(_means(shown(outputs[layer]), places) for layer in layers)
+    return _Alike(prior.weight, shown, layers, references)
+
+
+def _told(prior: FeaturePrior, clue: Clue, labels: Tensor, rng: Generator) -> _Told:
+    """Return the distance along what tells the attacker's own images of each label from others."""
+    images, held = clue.population
+    chosen = own_images(clue.population, labels, prior.num_references, rng)
+    others = [
+        other if 0 < len(other) < len(held) else own  # nothing to be told from: no direction
+        for own, c in zip(chosen, labels.tolist(), strict=True)
+        for other in [(held != c).nonzero().flatten()]
+    ]
+    outputs = _activations(clue.model, clue.before, images, rng)
+    _check_places(prior, prior.layers, clue.model, len(outputs))
+    references, directions = [], []
+    for layer in prior.layers:
+        near = _means(outputs[layer], chosen)
+        away = _means(outputs[layer], others)
+        references.append(near)
+        directions.append(near - away)
+    return _Told(prior.weight, prior.layers, tuple(references), tuple(directions))
+
+
+def _check_places(
+    prior: StylePrior | FeaturePrior, layers: tuple[int, ...], model: Model, num_layers: int
+) -> None:
     name = type(prior).__name__
     if not layers:
-        raise ValueError(f"{name}: {clue.model.build!r} has no layer of maps: give layers")
+        raise ValueError(f"{name}: {model.build!r} has no layer of maps: give layers")
     for place in layers:
-        if not -len(outputs) <= place < len(outputs):
+        if not -num_layers <= place < num_layers:
             raise ValueError(
-                f"{name}: layers has {place}, and the model has {len(outputs)} leaf layers: name "
-                f"places from {-len(outputs)} to {len(outputs) - 1}"
+                f"{name}: layers has {place}, and the model has {num_layers} leaf layers: name "
+                f"places from {-num_layers} to {num_layers - 1}"
             )
-    places = [torch.searchsorted(used, c.cpu()) for c in chosen]
-    references = []
-    for layer in layers:
-        traits = shown(outputs[layer])
-        references.append(torch.stack([traits[p.to(traits.device)].mean(dim=0) for p in places]))
-    return _Alike(prior.weight, shown, layers, tuple(references))
+
+
+def _means(traits: Tensor, places: Sequence[Tensor]) -> Tensor:
+    """Return the mean of the rows at each of several lists of places."""
+    return torch.stack([traits[p.to(traits.device)].mean(dim=0) for p in places])
 
 
 def _gram(maps: Tensor) -> Tensor:

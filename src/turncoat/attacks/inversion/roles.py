@@ -109,7 +109,11 @@ class Start(Protocol):
 
 
 class Space(Protocol):
-    """What is moved, and the images it stands for. Of several guesses, the first axis is theirs."""
+    """What is moved, and the images it stands for. Of several guesses, the first axis is theirs.
+
+    One that was ``prepared`` may say ``onwards(images) -> Prior | None``: the search then goes on
+    in pixels from the images that it found, and takes that prior along.
+    """
 
     def encode(self, start: Tensor, /) -> Tensor: ...
 
