@@ -195,7 +195,7 @@ def test_flowers_simulation_on_ray_gives_the_bits_of_simulate(tmp_path: Path) ->
     script.write_text(ON_RAY)
     file = Path(__file__).parents[1] / "benchmarks" / "flower.toml"
     done = subprocess.run(
-        [sys.executable, str(script), str(file)], capture_output=True, text=True, timeout=120
+        [sys.executable, str(script), str(file)], capture_output=True, text=True, timeout=300
     )
     sums = [line for line in done.stdout.splitlines() if line.startswith("sum")]
     assert len(sums) == 2 and sums[0] == sums[1] and sums[0].endswith("()"), done.stderr[-2000:]
